@@ -1,0 +1,14 @@
+"What the tests share: where the checkout is, and a quiet, repeatable setting"
+import os
+from pathlib import Path
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault('MPLBACKEND', 'agg')
+settings.register_profile('dsb', deadline=None, derandomize=True)
+settings.load_profile('dsb')
+
+@pytest.fixture(scope='session')
+def root():
+    "The checkout"
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,330 @@
+"Loaders on small files in the true on-disk formats, exact continuation, the cache, and every refusal"
+import hashlib, io, os, pickle, subprocess, sys, tarfile, threading, time, urllib.error, zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from dsb.data import DataError, batch_bounds, cache_dir, dataset_info, dataset_names, load_data
+from dsb.glyphs import make_glyphs
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    "Each test has its own cache and its own current folder"
+    monkeypatch.setenv('DSB_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+
+def listing(root): return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in Path(root).rglob('*'))
+
+def same(a, b): return len(a)==len(b) and all((x==x2).all() and (y==y2).all() for (x,y),(x2,y2) in zip(a, b))
+
+def refuses(contains, *args, **kwargs):
+    "The call raises a one-line `DataError` that says `contains`"
+    with pytest.raises(DataError) as e: load_data(*args, **kwargs)
+    message = str(e.value)
+    assert contains in message and '\n' not in message, message
+    return message
+
+# ---------------------------------------------------------------- CIFAR
+
+def write_cifar(root, name, monkeypatch, n=20):
+    "A small CIFAR in the format of the real one; torchvision's md5 lists are set to these files"
+    cls,rng = dict(cifar10=CIFAR10, cifar100=CIFAR100)[name],np.random.default_rng(0)
+    folder,key,k = root/cls.base_folder,('labels' if name=='cifar10' else 'fine_labels'),dataset_info(name).num_classes
+    folder.mkdir(parents=True)
+    def put(f, obj):
+        raw = pickle.dumps(obj, protocol=2)
+        (folder/f).write_bytes(raw)
+        return hashlib.md5(raw).hexdigest()
+    def batch(): return {'data': rng.integers(0, 256, (n,3072), dtype=np.uint8), key: rng.integers(0, k, n).tolist(), 'batch_label': 'b', 'filenames': ['f']*n}
+    for split in ('train_list', 'test_list'): monkeypatch.setattr(cls, split, [[f, put(f, batch())] for f,_ in getattr(cls, split)])
+    names = [f'class {i}' for i in range(k)]
+    monkeypatch.setattr(cls, 'meta', {**cls.meta, 'md5': put(cls.meta['filename'], {cls.meta['key']: names})})
+    return cls,folder
+
+@pytest.mark.parametrize('name,n_train', [('cifar10',100), ('cifar100',20)])
+def test_cifar(name, n_train, tmp_path, monkeypatch):
+    cls,folder = write_cifar(tmp_path/'c', name, monkeypatch)
+    before = listing(tmp_path/'c')
+    d = load_data(name, data_dir=tmp_path/'c', batch_size=16)
+    ref,info = cls(str(tmp_path/'c'), train=False),dataset_info(name)
+    assert (d.n_train, d.n_test, d.num_classes, d.image_size, d.channels) == (n_train, 20, info.num_classes, 32, 3)
+    assert d.classes==ref.classes
+    x,y = (torch.cat(t) for t in zip(*d.test_batches()))
+    assert y.tolist()==ref.targets and x.dtype==torch.float32 and y.dtype==torch.int64
+    expected = (torch.tensor(ref.data).permute(0,3,1,2)/255 - torch.tensor(info.mean).view(3,1,1))/torch.tensor(info.std).view(3,1,1)
+    assert torch.allclose(x, expected, atol=1e-5)
+    assert sum(len(y) for _,y in d.train_batches(0))==n_train
+    assert listing(tmp_path/'c')==before
+    assert load_data(name, data_dir=folder).n_train==n_train  # the inner folder may be named too
+
+def test_cifar_flipped_byte(tmp_path, monkeypatch):
+    cls,folder = write_cifar(tmp_path, 'cifar10', monkeypatch)
+    f = folder/'data_batch_3'
+    raw = bytearray(f.read_bytes()); raw[len(raw)//2] ^= 1; f.write_bytes(raw)
+    message = refuses(str(f), 'cifar10', data_dir=tmp_path)
+    assert dict(cls.train_list)['data_batch_3'] in message and 'delete it and let it be downloaded again' in message
+
+def test_cifar_default_folders(tmp_path, monkeypatch):
+    write_cifar(tmp_path/'here', 'cifar10', monkeypatch)
+    assert load_data('cifar10').n_train==100 and not Path('data').exists()
+    Path('data').mkdir(); os.rename('cifar-10-batches-py', 'data/cifar-10-batches-py')
+    assert load_data('cifar10').n_train==100
+
+def test_cifar_other_files_in_the_current_folder(tmp_path):
+    for f in ('train', 'test', 'meta'): Path(f).write_text('mine')
+    refuses('was not found', 'cifar100', download=False)
+
+def test_cifar_archive(tmp_path, monkeypatch):
+    cls,folder = write_cifar(tmp_path/'c', 'cifar10', monkeypatch)
+    archive = tmp_path/'a'/cls.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, 'w:gz') as t: t.add(folder, cls.base_folder)
+    assert 'is damaged' in refuses(str(archive), 'cifar10', data_dir=archive.parent)  # not the archive of the md5 list
+    monkeypatch.setattr(cls, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
+    assert load_data('cifar10', data_dir=archive.parent, download=False).n_train==100
+    assert sorted(p.name for p in archive.parent.iterdir())==[cls.base_folder, cls.filename]
+
+@pytest.fixture
+def serve():
+    "Serve a folder on this machine; returns its address"
+    servers = []
+    def start(folder):
+        class Quiet(SimpleHTTPRequestHandler):
+            def __init__(self, *args): super().__init__(*args, directory=str(folder))
+            def log_message(self, *args): pass
+        servers.append(ThreadingHTTPServer(('127.0.0.1', 0), Quiet))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f'http://127.0.0.1:{servers[-1].server_port}/'
+    yield start
+    for s in servers: s.shutdown(); s.server_close()
+
+def test_cifar_download(tmp_path, monkeypatch, serve):
+    "From a server on this machine, into a folder that does not exist yet"
+    cls,folder = write_cifar(tmp_path/'c', 'cifar10', monkeypatch)
+    archive = tmp_path/cls.filename
+    with tarfile.open(archive, 'w:gz') as t: t.add(folder, cls.base_folder)
+    monkeypatch.setattr(cls, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cls, 'url', serve(tmp_path)+cls.filename)
+    assert load_data('cifar10').n_train==100
+    assert [p.name for p in Path('data').iterdir()]==[cls.base_folder]
+    os.remove(Path('data')/cls.base_folder/'test_batch')  # a missing file is fetched again
+    assert load_data('cifar10').n_test==20
+
+def test_cifar_no_network(tmp_path, monkeypatch):
+    def lost(*args, **kwargs): raise urllib.error.URLError('no route')
+    monkeypatch.setattr('urllib.request.urlopen', lost)
+    message = refuses('no route', 'cifar10')
+    for part in ('data and the current folder', CIFAR10.url, '--data_dir', '--data_set digits needs nothing'): assert part in message
+    refuses('no route', 'cifar100', data_dir=tmp_path/'new')
+    assert not Path('data').exists() and not (tmp_path/'new').exists()
+    (tmp_path/'mine').mkdir(); refuses('no route', 'cifar10', data_dir=tmp_path/'mine')
+    assert list((tmp_path/'mine').iterdir())==[]
+
+def test_cifar_download_cut_short(tmp_path, monkeypatch, serve):
+    monkeypatch.setattr(CIFAR10, 'url', serve(tmp_path)+CIFAR10.filename)
+    refuses('404', 'cifar10')
+    (tmp_path/CIFAR10.filename).write_bytes(b'half of it')
+    refuses('the download failed', 'cifar10')
+    assert not Path('data').exists()
+
+# ---------------------------------------------------------------- Tiny-ImageNet
+
+WNIDS = 'n01443537', 'n01629819', 'n02056570'
+
+def jpeg(rng, size=64, mode='RGB'):
+    buf = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size,size,3), dtype=np.uint8)).convert(mode).save(buf, 'JPEG')
+    return buf.getvalue()
+
+def write_tiny(root, per_class=6, n_val=9):
+    rng,top = np.random.default_rng(0),root/'tiny-imagenet-200'
+    (top/'val'/'images').mkdir(parents=True)
+    (top/'test'/'images').mkdir(parents=True)
+    (top/'test'/'images'/'test_0.JPEG').write_bytes(jpeg(rng))
+    (top/'wnids.txt').write_text('\n'.join(WNIDS[::-1]) + '\n')
+    (top/'words.txt').write_text('\n'.join(f'{w}\tname of {w}' for w in WNIDS))
+    for w in WNIDS:
+        (top/'train'/w/'images').mkdir(parents=True)
+        for i in range(per_class): (top/'train'/w/'images'/f'{w}_{i}.JPEG').write_bytes(jpeg(rng, mode='L' if i==0 else 'RGB'))
+        (top/'train'/w/f'{w}_boxes.txt').write_text(f'{w}_0.JPEG\t0\t10\t63\t58\n')
+    labels = [WNIDS[i*2 % 3] for i in range(n_val)]
+    for i in range(n_val): (top/'val'/'images'/f'val_{i}.JPEG').write_bytes(jpeg(rng))
+    (top/'val'/'val_annotations.txt').write_text(''.join(f'val_{i}.JPEG\t{w}\t0\t32\t44\t62\n' for i,w in enumerate(labels)))
+    return top,labels
+
+def test_tinyimagenet(tmp_path):
+    top,labels = write_tiny(tmp_path/'t')
+    before = listing(tmp_path/'t')
+    d = load_data('tinyimagenet', data_dir=tmp_path/'t', batch_size=5)
+    assert (d.n_train, d.n_test, d.num_classes, d.image_size)==(18, 9, 3, 64)
+    x,y = (torch.cat(t) for t in zip(*d.test_batches()))
+    assert y.tolist()==[WNIDS.index(w) for w in labels]
+    info,first = dataset_info('tinyimagenet'),torch.tensor(np.asarray(Image.open(top/'val'/'images'/'val_0.JPEG'))).permute(2,0,1)/255
+    assert torch.allclose(x[0], (first-torch.tensor(info.mean).view(3,1,1))/torch.tensor(info.std).view(3,1,1), atol=1e-5)
+    again = load_data('tinyimagenet', data_dir=top, batch_size=5)  # the folder itself, this time from the cache
+    assert same(list(d.train_batches(1)), list(again.train_batches(1)))
+    assert same(list(d.train_batches(1))[2:], list(d.train_batches(1, start=2)))
+    assert listing(tmp_path/'t')==before and len(list(cache_dir().iterdir()))==1
+
+def test_tinyimagenet_zip(tmp_path):
+    top,_ = write_tiny(tmp_path/'t')
+    (tmp_path/'z').mkdir()
+    with zipfile.ZipFile(tmp_path/'z'/'tiny-imagenet-200.zip', 'w') as z:
+        for p in sorted(top.rglob('*')): z.write(p, p.relative_to(tmp_path/'t'))
+    before = listing(tmp_path/'z')
+    a,b = load_data('tinyimagenet', data_dir=tmp_path/'z'),load_data('tinyimagenet', data_dir=tmp_path/'t')
+    assert same(list(a.train_batches(0)), list(b.train_batches(0))) and same(list(a.test_batches()), list(b.test_batches()))
+    assert listing(tmp_path/'z')==before
+    assert load_data('tinyimagenet', data_dir=tmp_path/'z'/'tiny-imagenet-200.zip').n_train==18
+
+def test_tinyimagenet_zip_flipped_byte(tmp_path):
+    top,_ = write_tiny(tmp_path/'t')
+    file = tmp_path/'tiny-imagenet-200.zip'
+    with zipfile.ZipFile(file, 'w') as z:
+        for p in sorted(top.rglob('*')): z.write(p, p.relative_to(tmp_path/'t'))
+        where = z.getinfo(f'tiny-imagenet-200/train/{WNIDS[0]}/images/{WNIDS[0]}_3.JPEG')
+    raw = bytearray(file.read_bytes()); raw[where.header_offset+500] ^= 1; file.write_bytes(raw)
+    refuses(f'{WNIDS[0]}_3.JPEG is damaged (Bad CRC-32', 'tinyimagenet', data_dir=tmp_path)
+
+def test_tinyimagenet_changed_file_is_noticed(tmp_path):
+    top,_ = write_tiny(tmp_path)
+    old = list(load_data('tinyimagenet', data_dir=tmp_path).test_batches())
+    (top/'val'/'images'/'val_0.JPEG').write_bytes(jpeg(np.random.default_rng(9)))
+    assert not same(old, list(load_data('tinyimagenet', data_dir=tmp_path).test_batches()))
+
+def test_tinyimagenet_damage(tmp_path):
+    top,_ = write_tiny(tmp_path)
+    f = top/'train'/WNIDS[1]/'images'/f'{WNIDS[1]}_2.JPEG'
+    raw = f.read_bytes()
+    f.write_bytes(raw[:200]); refuses(f'{WNIDS[1]}_2.JPEG is damaged', 'tinyimagenet', data_dir=tmp_path)
+    f.write_bytes(jpeg(np.random.default_rng(0), size=32)); refuses('32×32 pixels, expected 64×64', 'tinyimagenet', data_dir=tmp_path)
+    f.write_bytes(raw)
+    (top/'val'/'images'/'val_4.JPEG').rename(top/'val_4'); refuses('has no val/images/val_4.JPEG', 'tinyimagenet', data_dir=tmp_path)
+    (top/'val_4').rename(top/'val'/'images'/'val_4.JPEG')
+    empty = top/'train'/WNIDS[0]/'images'
+    empty.rename(top/'away'); refuses(f'has no train/{WNIDS[0]}', 'tinyimagenet', data_dir=tmp_path); (top/'away').rename(empty)
+    (top/'val'/'val_annotations.txt').write_text('val_0.JPEG\tn99\t0\t0\t9\t9\n'); refuses('has no class n99 of val_0.JPEG', 'tinyimagenet', data_dir=tmp_path)
+    (top/'val'/'val_annotations.txt').unlink(); refuses('has no val/val_annotations.txt', 'tinyimagenet', data_dir=tmp_path)
+    (tmp_path/'z').mkdir(); (tmp_path/'z'/'tiny-imagenet-200.zip').write_bytes(b'PK half'); refuses('zip: the archive is damaged', 'tinyimagenet', data_dir=tmp_path/'z')
+
+# ---------------------------------------------------------------- ImageNet
+
+def write_imagenet(root, classes=('n01','n02','n03'), train=5, val=2):
+    rng = np.random.default_rng(0)
+    for split,n in (('train',train), ('val',val)):
+        for c in classes:
+            (root/split/c).mkdir(parents=True)
+            for i in range(n): (root/split/c/f'{c}_{i}.JPEG').write_bytes(jpeg(rng, 80+20*i, 'L' if i==1 else 'RGB'))
+    return root
+
+def test_imagenet(tmp_path):
+    write_imagenet(tmp_path/'imagenet')
+    before = listing(tmp_path)
+    torch.manual_seed(1); state = torch.get_rng_state()
+    d = load_data('imagenet', data_dir=tmp_path, batch_size=4)
+    assert (d.n_train, d.n_test, d.num_classes, d.image_size, d.classes)==(15, 6, 3, 224, ['n01','n02','n03'])
+    full = list(d.train_batches(2))
+    assert [len(y) for _,y in full]==[4,4,4,3] and full[0][0].shape==(4,3,224,224)
+    x,y = (torch.cat(t) for t in zip(*d.test_batches()))
+    assert y.tolist()==[0,0,1,1,2,2] and x.shape==(6,3,224,224)
+    assert (torch.get_rng_state()==state).all() and listing(tmp_path)==before
+    workers = load_data('imagenet', data_dir=tmp_path/'imagenet', batch_size=4, workers=2)
+    for w in (d, workers): assert same(full, list(w.train_batches(2))) and same(full[1:], list(w.train_batches(2, start=1)))
+    assert (torch.get_rng_state()==state).all()
+    assert not same(full, list(d.train_batches(3)))
+    ranks = [load_data('imagenet', data_dir=tmp_path, batch_size=4, rank=r, world_size=2) for r in (0,1)]
+    for (x,y),(x0,y0),(x1,y1) in zip(full, *(r.train_batches(2) for r in ranks)): assert (torch.cat([x0,x1])==x[:2*len(x0)]).all()
+    assert load_data('imagenet', data_dir=tmp_path, n_train=7, n_test=3, channels=1).steps_per_epoch==1
+
+def test_imagenet_damage(tmp_path):
+    write_imagenet(tmp_path)
+    (tmp_path/'train'/'n02'/'n02_3.JPEG').write_bytes(b'no picture')
+    for workers in (0,1):
+        with pytest.raises(DataError) as e: list(load_data('imagenet', data_dir=tmp_path, workers=workers).train_batches(0))
+        assert 'n02_3.JPEG cannot be read as an image' in str(e.value) and '\n' not in str(e.value)
+    for p in (tmp_path/'val'/'n03').iterdir(): p.unlink()
+    refuses('n03', 'imagenet', data_dir=tmp_path)
+    (tmp_path/'val'/'n03').rmdir(); refuses('only one has n03', 'imagenet', data_dir=tmp_path)
+
+def test_imagenet_empty(tmp_path):
+    for s in ('train','val'): (tmp_path/s).mkdir()
+    refuses('one folder of images for each class', 'imagenet', data_dir=tmp_path)
+
+# ---------------------------------------------------------------- embedded data
+
+def test_digits():
+    d = load_data('digits', batch_size=64)
+    assert (d.n_train, d.n_test, d.num_classes, d.image_size, d.channels)==(1437, 360, 10, 32, 3)
+    full = list(d.train_batches(5))
+    assert same(full[9:], list(load_data('digits', batch_size=64).train_batches(5, start=9)))
+    assert same(full, list(load_data('digits', batch_size=64, seed=0).train_batches(5))) and not same(full, list(load_data('digits', batch_size=64, seed=1).train_batches(5)))
+    train,test = (set(map(bytes, t[0][:,0].numpy())) for t in (d.train, d.test))
+    assert len(train & test)==0
+    assert load_data('digits', n_train=100, n_test=50).n_test==50
+
+CODE = "import torch,hashlib; torch.set_num_threads({}); from dsb.glyphs import make_glyphs; x,y=make_glyphs(500,3,'test'); print(hashlib.md5(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())"
+
+def test_glyphs_same_in_every_process():
+    x,y = make_glyphs(500, 3, 'test')
+    here = hashlib.md5(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest()
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent.parent)}
+    for threads in (1,2): assert subprocess.run([sys.executable, '-c', CODE.format(threads)], env=env, capture_output=True, text=True, check=True).stdout.strip()==here
+
+def test_glyphs_cache():
+    d = load_data('glyphs', n_train=300, n_test=50)
+    assert (d.n_train, d.n_test, d.num_classes)==(300, 50, 47)
+    file, = cache_dir().iterdir()
+    good = file.read_bytes()
+    for bad in (b'', good[:1000], good[:-500], good[:len(good)//2] + bytes([good[len(good)//2]^255]) + good[len(good)//2+1:], pickle.dumps(print, 2)):
+        file.write_bytes(bad)
+        assert same(list(d.train_batches(0)), list(load_data('glyphs', n_train=300, n_test=50).train_batches(0)))
+        assert file.read_bytes()==good and [file]==list(cache_dir().iterdir())
+    stamp = file.stat().st_mtime_ns
+    load_data('glyphs', n_train=300, n_test=50)
+    assert file.stat().st_mtime_ns==stamp
+    load_data('glyphs', n_train=301, n_test=50)
+    assert len(list(cache_dir().iterdir()))==2
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('in the way')
+    monkeypatch.setenv('DSB_CACHE', str(tmp_path/'file'/'cache'))
+    with pytest.warns(UserWarning, match='cannot be written'): assert load_data('glyphs', n_train=10, n_test=10).n_train==10
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv('DSB_CACHE'); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'x'))
+    assert cache_dir()==tmp_path/'x'/'dsb'
+    monkeypatch.delenv('XDG_CACHE_HOME'); monkeypatch.setenv('HOME', str(tmp_path))
+    assert cache_dir()==tmp_path/'.cache'/'dsb'
+
+# ---------------------------------------------------------------- sharing and refusing
+
+@pytest.mark.parametrize('n', [2, 3, 17, 64, 65, 100])
+@pytest.mark.parametrize('batch_size,world', [(1,1), (2,1), (16,1), (16,2), (16,8), (64,4)])
+def test_batch_bounds(n, batch_size, world):
+    bounds = batch_bounds(n, batch_size, world)
+    flat = [i for a,b in bounds for i in range(a, b)]
+    assert flat==list(range(len(flat))) and n-len(flat)<2*world
+    assert all((b-a)%world==0 and (b-a>=2*world or b-a==batch_size) for a,b in bounds)
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(name='cifr10'), 'did you mean cifar10?'), (dict(name='mnist'), 'expected one of'), (dict(name=''), 'expected one of'),
+    (dict(batch_size=0), 'batch_size=0'), (dict(batch_size=-5), 'batch_size=-5'), (dict(batch_size=1.5), 'batch_size=1.5'), (dict(eval_batch_size=0), 'eval_batch_size=0'),
+    (dict(n_train=0), 'n_train=0'), (dict(n_test=0), 'n_test=0'), (dict(n_test=361), 'has only 360 test images'), (dict(n_train=1), 'at least 2'),
+    (dict(workers=-1), 'workers=-1'), (dict(channels=2), 'channels=2'), (dict(world_size=3), 'multiple of world_size=3'), (dict(world_size=2, rank=2), 'rank=2')])
+def test_refusals(kwargs, message): refuses(message, **{'name':'digits', **kwargs})
+
+@pytest.mark.parametrize('name', ['cifar10','cifar100','tinyimagenet','imagenet'])
+def test_missing(name, tmp_path):
+    t = time.time()
+    for where in (tmp_path/'nowhere', None):
+        message = refuses('needs nothing', name, data_dir=where, download=False)
+        assert (str(where) if where else 'current folder') in message and '--data_dir' in message
+    assert time.time()-t<5 and not (tmp_path/'nowhere').exists() and not Path('data').exists()
+
+def test_info():
+    assert dataset_names()==['cifar10','cifar100','tinyimagenet','imagenet','digits','glyphs']
+    assert [dataset_info(n).num_classes for n in dataset_names()]==[10,100,200,1000,10,47]
