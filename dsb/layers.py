@@ -85,7 +85,7 @@ class SparseLinear(SparseLayer):
         in_features:int,     # K
         out_features:int,    # O
         bias:bool=True,      # add a learned bias?
-        device=None, dtype=None,
+        device=None, dtype=None, # of the parameters
         *, structure:Structure, # active weights of the O×K matrix
     ):
         super().__init__()
@@ -116,8 +116,9 @@ def from_dense(cls:SparseLayer,
 class SparseConv2d(SparseLayer):
     "`nn.Conv2d` with a sparse weight"
     def __init__(self,
-        in_channels:int, out_channels:int, kernel_size, stride=1, padding=0, dilation=1, groups:int=1,
-        bias:bool=True, padding_mode:str='zeros', device=None, dtype=None, # all as in `nn.Conv2d`
+        in_channels:int, out_channels:int, kernel_size, # as in `nn.Conv2d`, and so are the others
+        stride=1, padding=0, dilation=1, groups:int=1, # positions of the kernel
+        bias:bool=True, padding_mode:str='zeros', device=None, dtype=None, # other settings
         *, structure:Structure, # active weights of the O × in_channels/groups·kh·kw matrix
     ):
         super().__init__()

@@ -34,7 +34,10 @@ def n_params(
 
 # %% ../nbs/12_models.ipynb #487aa430
 @contextmanager
-def hooked(modules, hook):
+def hooked(
+    modules, # to hook
+    hook,    # called with (module, inputs, output)
+):
     "Keep the forward `hook` on all of `modules` for the length of a `with` block"
     handles = [m.register_forward_hook(hook) for m in modules]
     try: yield
@@ -42,7 +45,9 @@ def hooked(modules, hook):
         for h in handles: h.remove()
 
 @contextmanager
-def evaluating(model):
+def evaluating(
+    model:nn.Module, # changed for the block only
+):
     "Put `model` in evaluation mode for a `with` block, then every module back in its own mode"
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -107,8 +112,8 @@ def conv_bn(
     i:int,         # input channels
     o:int,         # output channels
     k:int,         # kernel size
-    stride:int=1,
-    padding:int=0,
+    stride:int=1,  # of the convolution
+    padding:int=0, # zeros on each side
 )->list:           # three modules
     "Convolution without bias, BatchNorm, ReLU"
     return [nn.Conv2d(i, o, k, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
@@ -155,7 +160,7 @@ def same_conv(
     i:int,        # input channels
     o:int,        # output channels
     k:int,        # odd kernel size
-    stride:int=1,
+    stride:int=1, # of the convolution
 )->nn.Conv2d:     # keeps the size of the map, divided by `stride`
     "Convolution without bias, padded so that only the stride changes the size of the map"
     return nn.Conv2d(i, o, k, stride, k//2, bias=False)

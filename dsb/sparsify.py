@@ -134,7 +134,7 @@ def sparsify(
 
 # %% ../nbs/10_sparsify.ipynb #8039d877
 def sparse_layers(
-    model:nn.Module,
+    model:nn.Module, # sparse or not
 )->dict: # name -> layer, every layer once
     "The sparse layers of a model"
     return {n:m for n,m in model.named_modules() if isinstance(m, SparseLayer)}

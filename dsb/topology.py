@@ -116,7 +116,7 @@ def _n_short(s:ShuffledBlocks)->int:
 class Move:
     "Carries compact tensors from one structure to another"
     def __init__(self,
-        old:Structure, new:Structure,
+        old:Structure, new:Structure, # of the same matrix
         drop:Tensor=None, # bool in the layout of `old`: values that are not carried over
     ):
         was,order = old.index().view(-1).sort()
@@ -278,7 +278,7 @@ def _relay(layer, new, move, opt=None):
 @dataclass
 class LayerReport:
     "What an update did to one layer"
-    name:str
+    name:str       # of the layer
     size:int       # weights, O·K
     active:int     # active weights
     planned:int=0  # planned drops

@@ -73,11 +73,11 @@ def linear_backward(
 # %% ../../nbs/05_reference.ipynb #0816228a
 class ConvArgs(NamedTuple):
     "Geometry of a 2-d convolution with symmetric zero padding"
-    kernel_size:tuple     # (kh, kw)
-    stride:tuple=(1,1)
-    padding:tuple=(0,0)
-    dilation:tuple=(1,1)
-    groups:int=1          # convolution groups
+    kernel_size:tuple    # (kh, kw)
+    stride:tuple=(1,1)   # (vertical, horizontal)
+    padding:tuple=(0,0)  # zeros added on both sides, (vertical, horizontal)
+    dilation:tuple=(1,1) # distance of taps, (vertical, horizontal)
+    groups:int=1         # convolution groups
 
     def out_size(self,
         h:int, # input height

@@ -1,0 +1,72 @@
+"The drop-in promise on networks that know nothing of this library: a training step runs, the budget holds, and densify undoes it"
+import pytest, torch
+import torch.nn as nn, torchvision.models as tv
+import dsb
+
+def resnet18(): return tv.resnet18(num_classes=10), torch.randn(2,3,64,64)
+def resnet50(): return tv.resnet50(num_classes=10), torch.randn(2,3,64,64)
+def vit_b_16(): return tv.vit_b_16(image_size=64, num_classes=10), torch.randn(2,3,64,64)
+def convnext_tiny(): return tv.convnext_tiny(num_classes=10), torch.randn(2,3,64,64)
+def mobilenet_v3_small(): return tv.mobilenet_v3_small(num_classes=10), torch.randn(2,3,64,64)
+def encoder(): return nn.TransformerEncoder(nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), 2), torch.randn(2,7,128)
+
+@pytest.mark.parametrize('make,sparsity,block_size', [(resnet18,.9,16), (resnet50,.9,16), (vit_b_16,.9,16), (convnext_tiny,.9,16), (encoder,.9,16),
+    (mobilenet_v3_small,.8,16), # its depthwise and small layers are more than a tenth of it
+    (resnet18,.9,0), (mobilenet_v3_small,.9,0), (encoder,.9,0)])
+def test_one_training_step(make, sparsity, block_size):
+    torch.manual_seed(0)
+    model,x = make()
+    modules = len(list(model.modules()))
+    dsb.sparsify(model, sparsity, block_size)
+    s = dsb.summary(model)
+    assert abs(s.active-(1-sparsity)*s.size) <= max(block_size**2, 1), s
+    assert len(list(model.modules()))==modules
+    assert all(r.note for r in s.rows if r.kind=='dense'), 'a layer stayed dense and nobody says why'
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
+    upd = dsb.Updater(model, opt, method='dsb' if block_size else 'rigl', T=1, T_end=10)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(x).square().mean().backward(); opt.step(); opt.zero_grad(); report = upd.step()
+    assert report.total('planned')>0 and dsb.summary(model).active==s.active
+    assert all(p.isfinite().all() for p in model.parameters()) and any(not torch.equal(a,b) for a,b in zip(before, model.parameters()))
+
+@pytest.mark.parametrize('make', [resnet18, encoder, mobilenet_v3_small], ids=lambda f: f.__name__)
+def test_densify_computes_the_same(make):
+    torch.manual_seed(0)
+    model,x = make()
+    dsb.sparsify(model, .7, 8).eval()
+    plain = dsb.densify(model)
+    assert not dsb.sparse_layers(plain) and {type(m) for m in plain.modules()} <= {type(m) for m in make()[0].modules()}
+    with torch.no_grad(): torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+
+def test_encoder_in_evaluation_mode():
+    "TransformerEncoderLayer hands the weights of its layers to a fused kernel when nothing is trained"
+    torch.manual_seed(0)
+    model,x = encoder()
+    dsb.sparsify(model, .7, 8).eval()
+    with torch.no_grad(): fused = model(x)
+    torch.testing.assert_close(fused, model(x).detach(), rtol=1e-4, atol=1e-4)
+
+def test_hooks_stay():
+    "Hooks on a layer that becomes sparse keep working"
+    model,seen = nn.Sequential(nn.Linear(64,64)),[]
+    model[0].register_forward_hook(lambda m,i,o: seen.append(o.shape))
+    dsb.sparsify(model, .5)
+    model(torch.randn(3,64))
+    assert seen==[(3,64)]
+
+@pytest.mark.parametrize('name,B', [('wrn-22-2',16), ('vgg-d',16)])
+def test_memory_is_compact(name, B):
+    "Parameters, gradients and momentum of the linear and convolution weights at sparsity 0.9, beside the dense ones"
+    from dsb.models import create_model
+    def state_bytes(model, opt):
+        layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, dsb.layers.SparseLayer))]
+        weights = [getattr(m, 'values', None) if isinstance(m, dsb.layers.SparseLayer) else m.weight for m in layers]
+        return sum(t.numel()*t.element_size() for w in weights for t in (w, w.grad, opt.state[w]['momentum_buffer']))
+    def after_a_step(model):
+        opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+        model(torch.randn(2,3,32,32)).sum().backward(); opt.step()
+        return state_bytes(model, opt)
+    dense = after_a_step(create_model(name, 10))
+    model = dsb.sparsify(create_model(name, 10), .9, B)
+    sparse,index = after_a_step(model), sum(m.structure.nbytes for m in dsb.sparse_layers(model).values())
+    assert sparse <= .13*dense and index <= .1*sparse, (sparse/dense, index/sparse)
