@@ -1,0 +1,319 @@
+"The command line: every wrong argument or input ends with status 2 and one line that helps"
+import json, math, os, pickle, subprocess, sys, tarfile
+from pathlib import Path
+import pytest
+import torch
+from dsb.cli import main, train_command
+
+QUICK = '--data_set digits --model lenet300-100 --epochs 1 --batch_size 64 --n_train 128 --n_test 64 --device cpu'.split()
+
+def ends(capsys, status, argv, command=main):
+    "The one line on stderr with which `argv` ends, status checked"
+    with pytest.raises(SystemExit) as e: command([str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert e.value.code == status, err
+    assert err.count('\n') == 1 and err.startswith('dsb: error: ') and 'Traceback' not in err, err
+    return err
+
+def refused(capsys, tmp_path, *options):
+    "The complaint about `options`; the run must not have begun"
+    out = tmp_path/'runs/run'
+    err = ends(capsys, 2, ['train', *QUICK, '--out', out, *options])
+    assert not out.parent.exists()
+    return err
+
+@pytest.mark.parametrize('options, says', [
+    ('--sparsity 1', 'sparsity=1.0: expected a number in [0, 1)'),
+    ('--sparsity -0.1', 'sparsity=-0.1: expected a number in [0, 1)'),
+    ('--sparsity nan', 'sparsity=nan: expected a number in [0, 1)'),
+    ('--sparsity much', "argument --sparsity: invalid float value: 'much'"),
+    ('--block_size -16', 'block_size=-16: expected 0 (unstructured) or a whole number'),
+    ('--block_size 1000000', 'block_size=1000000: expected 0 (unstructured) or a whole number'),
+    ('--block_size 16.5', "invalid int value: '16.5'"),
+    ('--T 0', 'T=0: expected a whole number of steps'),
+    ('--T -5', 'T=-5: expected a whole number of steps'),
+    ('--T_end 0', 'T_end=0: expected the step at which updates end'),
+    ('--T_end -1', 'T_end=-1: expected the step at which updates end'),
+    ('--alpha 0', 'alpha=0.0: expected the first drop fraction, a number in (0, 1]'),
+    ('--alpha 1.01', 'alpha=1.01: expected the first drop fraction'),
+    ('--epochs 0', 'epochs=0: expected a whole number, at least 1'),
+    ('--batch_size 0', 'batch_size=0: expected'),
+    ('--lr 0', 'lr=0.0: expected a finite number above 0'),
+    ('--lr inf', 'lr=inf: expected a finite number above 0'),
+    ('--momentum 1', 'momentum=1.0: expected'),
+    ('--wd -1', 'weight_decay=-1.0: expected'),
+    ('--seed -1', 'seed=-1: expected'),
+    ('--n_train 0', 'n_train=0: expected'),
+    ('--n_train 1', 'training image'),
+    ('--model wrn-23-2', 'did you mean wrn-22-2?'),
+    ('--model ReNet-18', 'did you mean ResNet18?'),
+    ('--data_set cifar11', 'did you mean cifar10?'),
+    ('--data_set digit', 'did you mean digits?'),
+    ('--method dsp', "did you mean 'dsb'?"),
+    ('--recipe imagnet', "did you mean 'imagenet'?"),
+    ('--distribution unifrm', "did you mean 'uniform'?"),
+    ('--device gpu', "device='gpu': expected one of auto, cpu, cuda"),
+    ('--cuda 0,1', 'torchrun'),
+    ('--sparsty 0.9', 'unknown option --sparsty; did you mean --sparsity?'),
+    ('0.9', "unexpected argument '0.9'"),
+    ('--dropout 0.3', 'has no dropout'),
+    ('--start-epoch 1', 'start_epoch=1: expected less than epochs'),
+])
+def test_wrong_argument(options, says, capsys, tmp_path):
+    assert says in refused(capsys, tmp_path, *options.split())
+
+@pytest.mark.parametrize('options, says', [
+    ('--method dsb --block_size 0', 'blocks need a size'),
+    ('--method ssb --block_size 0', 'blocks need a size'),
+    ('--method rigl --block_size 16', 'use method dsb or ssb'),
+    ('--method set --block_size 16', 'use method dsb or ssb'),
+    ('--method static --block_size 16', 'use method dsb or ssb'),
+    ('--method dense --sparsity 0.5', 'leave one of the two out'),
+    ('--method dsb --sparsity 0', 'use method dense'),
+    ('--method dsb --static_update y', 'that would be method ssb'),
+    ('--method rigl --static_update y', 'that would be method static'),
+    ('--method set --static_update y', 'that would be method static'),
+    ('--method ssb --static_update n', 'that would be method dsb'),
+    ('--sparsity 0 --static_update y', 'a dense layer has nothing to update'),
+    ('--sparsity 0.99999 --block_size 16', 'sparsity'),
+])
+def test_contradiction(options, says, capsys, tmp_path):
+    assert says in refused(capsys, tmp_path, *options.split())
+
+@pytest.mark.parametrize('options, method, block_size', [
+    ('--block_size 16', 'dsb', 16), ('--block_size 8 --static_update y', 'ssb', 8), ('--block_size 16 --static_update no', 'dsb', 16),
+    ('', 'rigl', 0), ('--static_update yes', 'static', 0), ('--method dsb', 'dsb', 16), ('--method set', 'set', 0),
+    ('--sparsity 0', 'dense', 0), ('--sparsity 0 --block_size 16', 'dense', 0), ('--method dense', 'dense', 0),
+    ('--batch-size 32 --learning_rate .05 --weight_decay 0 --wd 1e-3 --start_epoch 0', 'rigl', 0),
+])
+def test_method(options, method, block_size, capsys, tmp_path):
+    assert main(['train', *QUICK, '--T', '1', '--out', str(tmp_path/'r'), *options.split()]) == 0
+    config = json.loads((tmp_path/'r/config.json').read_text())
+    summary = json.loads((tmp_path/'r/summary.json').read_text())
+    assert (config['method'], config['block_size']) == (summary['method'], summary['block_size']) == (method, block_size)
+    assert summary['density'] == 1 if method == 'dense' else abs(summary['density'] - .1) < .01
+    assert (tmp_path/'r/masks.png').exists() == (method != 'dense')
+    if '--wd' in options: assert config['weight_decay'] == 1e-3 and config['batch_size'] == 32 and config['lr'] == .05
+
+def test_original_options():
+    "Each option of the two original commands, with its spelling and default"
+    from dsb.cli import _options, _parse, options_to_config, train_parser
+    from dsb.train import TrainConfig
+    words = ('--data_dir d --model vgg-d --epochs 3 --start-epoch 1 -b 7 --lr .2 --momentum .8 --weight-decay .1 --resume r --cuda 1 --sparsity .8 --T_end 9 '
+             '--T 5 --alpha .2 --block_size 8 --data_set cifar100 --static_update y').split()
+    given = vars(_parse(train_parser(), words))
+    assert given == dict(data_dir='d', model='vgg-d', epochs=3, start_epoch=1, batch_size=7, lr=.2, momentum=.8, weight_decay=.1, resume='r', cuda='1',
+                         sparsity=.8, T_end=9, T=5, alpha=.2, block_size=8, data_set='cifar100', static_update='y')
+    for recipe, epochs in ('cifar', 160), ('imagenet', 105):
+        c = TrainConfig(**options_to_config({}, recipe))
+        assert (c.model, c.epochs, c.start_epoch, c.batch_size, c.lr, c.momentum, c.weight_decay, c.cuda, c.sparsity, c.T, c.alpha, c.block_size, c.data_set) == \
+               ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
+        defaults = {names[-1]: default for _, options in _options() for names, _, default, _ in options}
+        for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
+            assert defaults.get(option, defaults.get('--learning-rate')) == getattr(c, field)
+
+@pytest.mark.parametrize('recipe, words', [
+    ('cifar', '--data_set cifar10 --data_dir D --model wrn-22-2 --lr 0.1 --batch_size 128 --sparsity 0.9 --epochs 160 --T_end 75000 --T 100 --block_size 16'),
+    ('cifar', '--data_set cifar100 --data_dir D --model vgg-d --lr 0.1 --batch_size 128 --sparsity 0.9 --epochs 160 --T_end 75000 --T 100 --block_size 16'),
+    ('imagenet', '--data_set imagenet --sparsity 0.5 --model ResNet50 --block_size 16 --batch_size 256 --T_end 400000 --T 800'),
+    ('imagenet', '--data_set tinyimagenet --sparsity 0.75 --model ResNet50 --block_size 16 --batch_size 256 --T_end 400000 --T 800')])
+def test_documented_commands(recipe, words):
+    "The commands of the original's README, word by word"
+    from dsb.cli import _parse, options_to_config, train_parser
+    from dsb.train import TrainConfig, end_of_updates
+    words = words.split()
+    c = TrainConfig(**options_to_config(vars(_parse(train_parser(recipe), words)), recipe))
+    assert c.method == 'dsb' and c.recipe == recipe and c.epochs == {'cifar': 160, 'imagenet': 105}[recipe]
+    for name, value in zip(words[::2], words[1::2]): assert str(getattr(c, name[2:])) == value
+    assert end_of_updates(c, 391) == c.T_end
+
+def test_no_gpu(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    assert "torch sees no GPU here; use device 'cpu'" in refused(capsys, tmp_path, '--device', 'cuda')
+
+# Files and folders
+
+def test_unwritable_out(capsys, tmp_path):
+    (tmp_path/'file').write_text('')
+    err = ends(capsys, 2, ['train', *QUICK, '--out', tmp_path/'file/run'])
+    assert 'cannot write to --out' in err and 'choose a folder' in err
+    assert 'cannot write to --out' in ends(capsys, 2, ['train', *QUICK, '--out', '/proc/dsb'])
+
+def test_no_data(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in 'imagenet', 'tinyimagenet':
+        err = ends(capsys, 2, ['--data_set', name, '--out', tmp_path/'r'], lambda a: train_command(a, 'imagenet', 'train_imagenet.py'))
+        assert '--data_dir' in err and '--data_set digits' in err and not (tmp_path/'r').exists()
+
+def test_empty_data(capsys, tmp_path):
+    for split in 'train', 'val':
+        for c in 'ab': (tmp_path/'imagenet'/split/c).mkdir(parents=True)
+    err = refused(capsys, tmp_path, '--data_set', 'imagenet', '--data_dir', str(tmp_path/'imagenet'), '--model', 'ResNet18', '--n_train', '2', '--n_test', '1')
+    assert 'imagenet' in err and 'digits' in err
+
+def test_flipped_byte(capsys, tmp_path, monkeypatch):
+    "A CIFAR file whose checksum is wrong is not trained on, nor is it downloaded over where there is no network"
+    import torchvision
+    def no_network(*args, **kwargs): raise OSError('no network')
+    monkeypatch.setattr('torchvision.datasets.utils._urlretrieve', no_network)
+    folder = tmp_path/'data/cifar-10-batches-py'
+    folder.mkdir(parents=True)
+    for f, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list + [('batches.meta', '')]:
+        (folder/f).write_bytes(pickle.dumps(dict(data=[0], labels=[0], label_names=['a'])))
+    err = refused(capsys, tmp_path, '--data_set', 'cifar10', '--data_dir', str(tmp_path/'data'))
+    assert 'is damaged' in err and '--data_set digits' in err
+
+def test_image_too_small(capsys, tmp_path, monkeypatch):
+    from dsb import data
+    infos = data._infos()
+    monkeypatch.setattr(data, '_infos', lambda: infos | dict(digits=infos['digits']._replace(image_size=2)))
+    monkeypatch.setattr('torch.nn.functional.interpolate', lambda x, size, **k: x[..., :2, :2])
+    assert 'too small for lenet5' in refused(capsys, tmp_path, '--model', 'lenet5')
+
+# Continuing
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A finished run"
+    out = tmp_path_factory.mktemp('runs')/'run'
+    assert main(['train', *QUICK, '--method', 'dsb', '--T', '1', '--out', str(out)]) == 0
+    return out
+
+def test_run_folder(run):
+    assert {p.name for p in run.iterdir()} >= {'config.json', 'metrics.jsonl', 'last.pt', 'best.pt', 'summary.json', 'curves.png', 'masks.png'}
+    (row,) = map(json.loads, (run/'metrics.jsonl').read_text().splitlines())
+    assert {'epoch', 'step', 'lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc', 'density', 'step_ms'} <= row.keys()
+    assert row['updates'] and {'step', 'drop_fraction', 'planned', 'confirmed', 'grown', 'net_changed', 'survived', 'ever_active'} <= row['updates'][0].keys()
+    assert {'best_acc', 'final_acc', 'method', 'density', 'block_size', 'seconds'} <= json.loads((run/'summary.json').read_text()).keys()
+
+def test_folder_is_taken(run, capsys):
+    err = ends(capsys, 2, ['train', *QUICK, '--out', run])
+    assert 'already holds a run' in err and f'--resume {run}' in err
+
+@pytest.mark.parametrize('options, says', [
+    ('--lr 0.2', '--lr 0.2 contradicts the run in'), ('--epochs 9', 'which has 1'), ('--sparsity 0.8', 'which has 0.9'), ('--block_size 8', 'which has 16'),
+    ('--static_update y', 'which has method dsb'), ('--method rigl', 'which has dsb'), ('--seed 1', 'which has 0'), ('--model mlp', 'which has lenet300-100'),
+    ('--amp', 'which has False'), ('--print_freq -1', 'print_freq=-1'), ('--device gpu', "device='gpu'")])
+def test_resume_contradiction(options, says, run, capsys):
+    assert says in ends(capsys, 2, ['train', '--resume', run, *options.split()])
+
+def test_resume_complete(run, capsys):
+    assert main(['train', '--resume', str(run), '--device', 'cpu', '--lr', '.1', '--model', 'LeNet-300-100', '--static_update', 'n', '--print_freq', '5']) == 0
+    assert 'is complete' in capsys.readouterr().out
+
+def test_resume_elsewhere(run, tmp_path, capsys):
+    assert main(['train', '--resume', str(run/'best.pt'), '--out', str(tmp_path/'b')]) == 0
+    assert {p.name for p in (tmp_path/'b').iterdir()} == {p.name for p in run.iterdir()} - {'dense.pt'}
+    assert (tmp_path/'b/metrics.jsonl').read_text() == (run/'metrics.jsonl').read_text()
+
+def foreign(run, d, kind):
+    "A file that is no checkpoint"
+    f = d/'x.pt'
+    if kind == 'missing': return f
+    if kind == 'empty folder': return d
+    data = (run/'last.pt').read_bytes()
+    if kind == 'truncated': f.write_bytes(data[:len(data)//2])
+    if kind == 'empty': f.write_bytes(b'')
+    if kind == 'text': f.write_text('epoch 3')
+    if kind == 'state dict': torch.save(torch.nn.Linear(2, 2).state_dict(), f)
+    if kind == 'code': torch.save(dict(format=dict(name='dsb-run', version=1), config=Path('x')), f)
+    ck = torch.load(run/'last.pt', weights_only=True)
+    if kind == 'version': torch.save(ck | dict(format=dict(name='dsb-run', version=99)), f)
+    if kind == 'lacks': ck.pop('opt'); torch.save(ck, f)
+    if kind == 'config': torch.save(ck | dict(config=ck['config'] | dict(colour='red')), f)
+    if kind == 'weights': ck['model'].popitem(); torch.save(ck, f)
+    return f
+
+@pytest.mark.parametrize('kind, says', [
+    ('missing', 'no checkpoint at'), ('empty folder', 'no checkpoint at'), ('truncated', 'truncated or of another program'), ('empty', 'truncated or of another program'),
+    ('text', 'truncated or of another program'), ('state dict', "no 'format' entry"), ('code', 'of another program'), ('version', 'format version 99'),
+    ('lacks', 'it lacks opt'), ('config', 'does not fit this dsb'), ('weights', 'does not fit this dsb')])
+def test_resume_foreign(kind, says, run, tmp_path, capsys):
+    assert says in ends(capsys, 2, ['train', '--resume', foreign(run, tmp_path, kind)])
+
+# While training
+
+def test_nan(capsys, tmp_path, monkeypatch):
+    "A loss that is not finite: status 1, the step named, the last good checkpoint kept"
+    from dsb.train import Trainer
+    step = Trainer.train_step
+    def spoilt(self, x, y):
+        if self.step == 3: next(self.model.parameters()).data.fill_(math.nan)
+        return step(self, x, y)
+    monkeypatch.setattr(Trainer, 'train_step', spoilt)
+    out = tmp_path/'r'
+    err = ends(capsys, 1, ['train', *QUICK, '--epochs', '3', '--method', 'dsb', '--out', out])
+    assert 'not finite at step 4 (epoch 2)' in err and str(out/'last.pt') in err and '--lr' in err
+    ck = torch.load(out/'last.pt', weights_only=True)
+    assert ck['step'] == 2 and all(v.isfinite().all() for v in ck['model'].values())
+    assert not (out/'summary.json').exists()
+
+def test_diverges_by_itself(capsys, tmp_path):
+    err = ends(capsys, 1, ['train', *QUICK, '--epochs', '9', '--lr', '1e30', '--out', tmp_path/'r'])
+    assert 'not finite' in err and 'no checkpoint was written before' in err
+    assert not (tmp_path/'r/last.pt').exists()
+
+def test_recipes(tmp_path, capsys):
+    "The ImageNet command, in small: warm-up over 1/21 of the run, falls at 2/7, 2/3 and 6/7"
+    argv = [*QUICK, '--epochs', '21', '--batch_size', '32', '--out', str(tmp_path/'r'), '--print_freq', '1']
+    assert train_command(argv, 'imagenet', 'train_imagenet.py') == 0
+    rows = [json.loads(l) for l in (tmp_path/'r/metrics.jsonl').read_text().splitlines()]
+    assert [round(r['lr'], 9) for r in rows] == [.1]*6 + [.01]*8 + [.001]*4 + [.0001]*3
+    assert 'step      1  batch 1/4' in capsys.readouterr().out
+
+def test_same_seed(tmp_path):
+    "The same seed gives the same run, another seed another"
+    for name, seed in ('a', 0), ('b', 0), ('c', 1):
+        assert main(['train', *QUICK, '--method', 'set', '--T', '1', '--seed', str(seed), '--out', str(tmp_path/name)]) == 0
+    a, b, c = (json.loads((tmp_path/n/'summary.json').read_text()) for n in 'abc')
+    rows = [json.loads((tmp_path/n/'metrics.jsonl').read_text())['train_loss'] for n in 'abc']
+    assert (a['structure'], rows[0]) == (b['structure'], rows[1]) and a['structure'] != c['structure'] and rows[0] != rows[2]
+
+def test_amp(tmp_path):
+    assert main(['train', *QUICK, '--model', 'wrn-10-1', '--amp', '--method', 'dsb', '--block_size', '8', '--n_train', '64', '--T', '1', '--out', str(tmp_path/'r')]) == 0
+
+# The other commands, and real processes
+
+def test_show(run, capsys):
+    (run/'masks.png').unlink()
+    assert main(['show', str(run)]) == 0
+    out = capsys.readouterr().out
+    assert 'lenet300-100 on digits: dsb, sparsity 0.9, blocks of 16, erk; seed 0, 1 of 1 epochs' in out and (run/'masks.png').exists()
+    assert 'no checkpoint at' in ends(capsys, 2, ['show', run/'nothing'])
+
+def test_export(run, capsys, tmp_path):
+    from dsb.data import load_data
+    from dsb.models import create_model
+    assert main(['export', str(run)]) == 0
+    assert str(run/'dense.pt') in capsys.readouterr().out
+    model = create_model('lenet300-100', num_classes=10, image_size=32, in_channels=1)
+    model.load_state_dict(torch.load(run/'dense.pt', weights_only=True))
+    hits = sum((model.eval()(x).argmax(1) == y).sum() for x, y in load_data('digits', channels=1, n_test=64).test_batches())
+    assert int(hits)/64 == json.loads((run/'summary.json').read_text())['best_acc']
+    assert 'cannot write to' in ends(capsys, 2, ['export', run, '--out', run/'last.pt/x.pt'])
+    assert main(['export', str(run), '--out', str(tmp_path/'new/w.pt')]) == 0
+
+def test_command(capsys):
+    assert main([]) == 0 and 'usage: dsb COMMAND' in capsys.readouterr().out
+    assert 'did you mean train?' in ends(capsys, 2, ['trian'])
+    assert main(['--version']) == 0
+
+def call(root, *argv, **kwargs):
+    "A real process"
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=root, capture_output=True, text=True, timeout=120, **kwargs)
+
+def test_help(root):
+    "Help names every option, and comes before torch is imported"
+    from dsb.cli import _options
+    alone = "import sys, types; m = types.ModuleType('dsb'); m.__path__ = ['dsb']; sys.modules['dsb'] = m; import dsb.cli as c; " \
+            "t = c.train_parser(sys.argv[1]).format_help(); assert 'torch' not in sys.modules; print(t)"
+    for recipe, epochs in ('cifar', 160), ('imagenet', 105):
+        text = call(root, '-c', alone, recipe).stdout
+        assert f'default {epochs}' in text
+        for _, options in _options():
+            for names, *_ in options: assert all(n in text for n in names)
+    assert call(root, 'main.py', '--help').returncode == call(root, 'train_imagenet.py', '--help').returncode == 0
+
+def test_error_in_a_process(root, tmp_path):
+    p = call(root, 'main.py', '--data_set', 'cifar11', '--out', tmp_path/'r')
+    assert p.returncode == 2 and p.stdout == '' and p.stderr.startswith('dsb: error: ') and p.stderr.count('\n') == 1

@@ -1,0 +1,118 @@
+"Runs in real processes: interrupted, killed, continued, distributed"
+import json, os, signal, struct, subprocess, sys
+import pytest
+import torch
+
+RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_test 64 '
+       '--lr 0.05 --seed 3 --device cpu').split()
+
+def start(root, *argv):
+    "A training process whose lines can be read"
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, 'main.py', *map(str, argv)], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+
+def until(p, text):
+    "Read the process's lines until one holds `text`"
+    for line in p.stdout:
+        if text in line: return
+    pytest.fail(f'{text!r} never came: {p.stderr.read()}')
+
+def end(p):
+    "Exit status and what was said on stderr"
+    out, err = p.communicate(timeout=180)
+    return p.returncode, err
+
+@pytest.fixture(scope='module')
+def whole(root, tmp_path_factory):
+    "The run that nothing disturbs"
+    out = tmp_path_factory.mktemp('whole')/'run'
+    p = start(root, *RUN, '--out', out)
+    status, err = end(p)
+    assert (status, err) == (0, '')   # no bar where stderr is no terminal
+    return out
+
+def state(out):
+    "What two equal runs share: everything but times, folders and devices"
+    ck = torch.load(out/'last.pt', weights_only=True)
+    for row in ck['history']: row.pop('step_ms')
+    return {k: ck[k] for k in ('model', 'opt', 'upd', 'step', 'epoch', 'batch', 'history', 'best', 'start', 'rng')}
+
+def equal(a, b):
+    "Equal bit for bit, through dictionaries and lists"
+    if torch.is_tensor(a): return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+def assert_same(a, b):
+    a, b = state(a), state(b)
+    for k in a: assert equal(a[k], b[k]), f'{k} differs'
+
+def test_interrupted_twice(root, whole, tmp_path):
+    "Ctrl-C in the middle of the first epoch, kill in the middle of the third: 130, 143, and the same run in the end"
+    out = tmp_path/'run'
+    p = start(root, *RUN, '--out', out, '--print_freq', 1)
+    until(p, 'step      5')
+    p.send_signal(signal.SIGINT)
+    status, err = end(p)
+    assert status == 130 and f'--resume {out}' in err and 'Traceback' not in err
+    at = torch.load(out/'last.pt', weights_only=True)
+    assert at['epoch'] == 0 and 5 <= at['batch'] < 8 and not (out/'summary.json').exists()
+    p = start(root, '--resume', out, '--print_freq', 1)
+    until(p, 'step     18')
+    p.send_signal(signal.SIGTERM)
+    status, err = end(p)
+    assert status == 143 and f'--resume {out}' in err
+    assert torch.load(out/'last.pt', weights_only=True)['epoch'] == 2
+    assert end(start(root, '--resume', out/'last.pt')) == (0, '')
+    assert_same(whole, out)
+    assert len((out/'metrics.jsonl').read_text().splitlines()) == 3
+    a, b = (json.loads((f/'summary.json').read_text()) for f in (whole, out))
+    assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
+
+def test_killed(root, whole, tmp_path):
+    "kill -9 leaves the last epoch's checkpoint whole; the run continues in another folder"
+    out, other = tmp_path/'run', tmp_path/'other'
+    p = start(root, *RUN, '--out', out, '--print_freq', 1)
+    until(p, 'step     12')
+    p.kill()
+    assert end(p)[0] == -signal.SIGKILL
+    assert torch.load(out/'last.pt', weights_only=True)['epoch'] == 1
+    assert end(start(root, '--resume', out, '--out', other)) == (0, '')
+    assert_same(whole, other)
+    assert (other/'best.pt').exists()
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason='torch without distributed')
+def test_two_processes(root, tmp_path):
+    "Two processes train one model: equal structures (the run itself insists), one folder, and a result like that of one process"
+    one, two = tmp_path/'one', tmp_path/'two'
+    run = ('--data_set digits --model lenet300-100 --method dsb --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_test 65 --lr 0.02 --device cpu --out').split()
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'main.py', *run, two],
+                       cwd=root, env=env, capture_output=True, text=True, timeout=180)
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.count('epoch 2/2') == 1
+    assert end(start(root, *run, one)) == (0, '')
+    a, b = ([json.loads(l) for l in (f/'metrics.jsonl').read_text().splitlines()] for f in (one, two))
+    assert [r['step'] for r in a] == [r['step'] for r in b] and a[0]['updates'][0]['net_changed'] > 0
+    for x, y in zip(a, b): assert abs(x['train_loss'] - y['train_loss']) < .05 and abs(x['test_loss'] - y['test_loss']) < .05
+    ck = torch.load(two/'last.pt', weights_only=True)
+    assert len(ck['rng']) == 2 and not torch.equal(ck['rng'][0][0], ck['rng'][1][0])
+
+def test_bar_in_a_terminal(root, tmp_path):
+    "Where stderr is a terminal there is a bar with loss, accuracy, speed and the time that is left"
+    pty, fcntl, termios = (pytest.importorskip(m) for m in ('pty', 'fcntl', 'termios'))
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
+    argv = [sys.executable, 'main.py', *'--data_set digits --model lenet300-100 --epochs 2 --n_train 256 --n_test 32 --batch_size 16 --device cpu --out'.split(), str(tmp_path/'r')]
+    p = subprocess.Popen(argv, cwd=root, stdout=subprocess.PIPE, stderr=slave, text=True)
+    os.close(slave)
+    out, seen = p.communicate(timeout=120)[0], b''
+    while True:
+        try: chunk = os.read(master, 65536)
+        except OSError: break
+        if not chunk: break
+        seen += chunk
+    bar = seen.decode(errors='ignore')
+    assert p.returncode == 0 and out.count('\nepoch ') == 2
+    assert 'loss' in bar and 'acc' in bar and ('step/s' in bar or 's/step' in bar) and '<' in bar
