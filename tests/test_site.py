@@ -1,0 +1,162 @@
+"The README and the documentation site: made from a small project, and from this one"
+import base64, json, os, re, shutil, subprocess, sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote
+import pytest
+from dsb.site import Project, build, main, page_name, readme, symbols, read_cells
+
+project = Project(os.path.dirname(__file__))
+needs_zensical = pytest.mark.skipif(not (find_spec('zensical') and find_spec('latex2mathml')), reason="no zensical here: pip install -e '.[site]'")
+needs_index = pytest.mark.skipif(not (project.nbs/'index.ipynb').exists(), reason='nbs/index.ipynb is not written yet')
+
+PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+def text(source): return dict(cell_type='markdown', metadata={}, source=source)
+def code(source, **data):
+    out = [dict(output_type='execute_result', metadata={}, execution_count=None, data={k.replace('_','/'):v for k,v in data.items()})] if data else []
+    return dict(cell_type='code', metadata={}, execution_count=None, source=source, outputs=out)
+
+NOTEBOOKS = {
+    'index.ipynb': [
+        text('# plane\n\n> Figures and their areas'), code('#| hide\nsecret = 1'),
+        text('See [the first steps](tutorials/01_first.ipynb#How-To) and [the licence](../LICENSE). $a^2$'),
+        code('circle(1)', text_plain='3.14'), code('#| echo: false\n#| fig-alt: a dot\ndraw()', image_png=PNG, text_plain='<Figure>')],
+    '01_area.ipynb': [
+        text('# area\n\n> Areas'), code('#| default_exp area'), text('`circle` uses $\\pi$. Two things:\n- one\n  - half\n- two'),
+        code('#| export\ndef circle(\n    r=1., # radius\n): # area\n    "Area of a circle"\n    return 3.14*r*r'),
+        code('circle(2)', text_plain='12.56'), code('show()', image_png=PNG), code('#| hide\nhidden_test()')],
+    'tutorials/01_first.ipynb': [text('# First steps'), text('## How To\n\nCall `circle`, see `plane.area`.'), code('plot()', text_markdown='| a | b |\n|---|---|\n| 1 | 2 |')],
+    'explanations/02_why.ipynb': [text('# Why')]}
+
+@pytest.fixture
+def small(tmp_path):
+    "A project of four notebooks"
+    ini = (project.root/'settings.ini').read_text().replace(f'lib_path = {project.lib}', 'lib_path = plane')
+    (tmp_path/'settings.ini').write_text(ini)
+    shutil.copy(project.root/'zensical.toml', tmp_path)
+    shutil.copytree(project.nbs, tmp_path/'nbs', ignore=lambda d,fs: [f for f in fs if f.endswith('.ipynb') or f in ('tutorials','explanations','images')])
+    for name,cells in NOTEBOOKS.items():
+        f = tmp_path/'nbs'/name
+        f.parent.mkdir(exist_ok=True)
+        f.write_text(json.dumps(dict(cells=[dict(c, id=f'c{i}') for i,c in enumerate(cells)], metadata={}, nbformat=4, nbformat_minor=5)))
+    return tmp_path
+
+def test_readme_of_a_small_project(small):
+    stale = small/'nbs/images/readme-7.png'
+    stale.parent.mkdir(exist_ok=True)
+    stale.write_bytes(b'old')
+    readme(small)
+    assert (small/'README.md').read_text()=='''<!-- Made by `python -m plane.site readme` from nbs/index.ipynb: edit there. -->
+
+# plane
+
+> Figures and their areas
+
+See [the first steps](nbs/tutorials/01_first.ipynb#How-To) and [the licence](LICENSE). $a^2$
+
+```python
+circle(1)
+```
+
+```text
+3.14
+```
+
+![a dot](nbs/images/readme-1.png)
+'''
+    assert (small/'nbs/images/readme-1.png').read_bytes()==base64.b64decode(PNG)
+    assert not stale.exists()
+    times = [o.stat().st_mtime_ns for o in (small/'README.md', small/'nbs/images/readme-1.png')]
+    readme(small)
+    assert times==[o.stat().st_mtime_ns for o in (small/'README.md', small/'nbs/images/readme-1.png')]
+
+@needs_index
+def test_readme_in_sync():
+    files = readme(project.root, write=False)
+    differ = [str(f.relative_to(project.root)) for f,data in files.items() if not f.exists() or f.read_bytes()!=data]
+    stale = [str(f.relative_to(project.root)) for f in (project.nbs/'images').glob('readme-*') if f not in files]
+    assert not differ+stale, f'run `python -m dsb.site readme` and commit the result; not as the index has it: {differ+stale}'
+
+@needs_index
+def test_readme_and_ci_test_alike():
+    command = (project.root/'.ci/run').read_text().rstrip().splitlines()[-1]
+    assert 'pytest' in command and command in (project.root/'README.md').read_text(), f'the README does not tell to run {command!r}, as .ci/run does'
+
+def test_failing_notebook_is_left_as_it_was(small):
+    f = small/'nbs/03_bad.ipynb'
+    f.write_text(json.dumps(dict(cells=[dict(code('1/0', text_plain='old'), id='a')], metadata={}, nbformat=4, nbformat_minor=5)))
+    before = f.read_bytes()
+    r = subprocess.run([sys.executable,'-m','dsb.site','refresh',f], cwd=project.root, capture_output=True, text=True)
+    assert r.returncode==1 and 'ZeroDivisionError in' in r.stderr
+    assert f.read_bytes()==before
+
+def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['readme'])==2
+    assert 'run this inside a checkout' in capsys.readouterr().err
+
+class Reader(HTMLParser):
+    "Addresses, anchors and text of a page"
+    def __init__(self, html):
+        super().__init__()
+        self.ids,self.loads,self.links,self.tags,self.words = set(),[],[],set(),[]
+        self.feed(html)
+        self.text = ''.join(self.words)
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        if 'id' in attrs: self.ids.add(attrs['id'])
+        if attrs.get('href') and tag=='a': self.links.append(attrs['href'])
+        elif attrs.get('href') or attrs.get('src'): self.loads.append(attrs.get('href') or attrs['src'])
+    def handle_data(self, data): self.words.append(data)
+
+def check_site(site):
+    "Nothing comes from the network, and what pages of the site link to is there; returns name -> Reader"
+    pages = {o.relative_to(site).as_posix():Reader(o.read_text()) for o in site.rglob('*.html')}
+    for name,p in pages.items():
+        if name=='404.html': continue
+        away = [o for o in p.loads if re.match(r'(https?:)?//', o)]
+        assert not away, f'{name} loads from elsewhere: {away}'
+        for o in p.loads+p.links:
+            if re.match(r'[a-z]+:', o): continue
+            file,_,anchor = unquote(o).partition('#')
+            to = os.path.normpath(os.path.join(os.path.dirname(name), file)) if file else name
+            if to in ('.', ''): to = 'index.html'
+            if to=='index.html' and not (project.nbs/'index.ipynb').exists(): continue
+            assert (site/to).exists(), f'{name} links to {o}, which is not there'
+            assert not anchor or to not in pages or anchor in pages[to].ids, f'{name} links to {o}: no such place'
+    for css in site.glob('*.css'): assert 'http' not in css.read_text()
+    return pages
+
+@needs_zensical
+def test_site_of_a_small_project(small):
+    build(small/'site', small)
+    pages = check_site(small/'site')
+    area,index = pages['area.html'],pages['index.html']
+    assert {'area.html','index.html','tutorials/first.html','explanations/why.html'} <= pages.keys()
+    assert {'math','table','img','details'} <= area.tags and '$' not in area.text
+    assert 'circle' in area.ids and '#circle' in area.links
+    assert '12.56' in area.text and 'hidden_test' not in area.text and 'secret' not in index.text
+    assert 'tutorials/first.html#how-to' in [o.removeprefix('./') for o in index.links]
+    assert {'../area.html#circle','../area.html'} <= set(pages['tutorials/first.html'].links)
+    assert index.text.index('First steps') < index.text.index('area') < index.text.index('Why'), 'order of the navigation'
+    assert 'Area of a circle' in (small/'site/search.json').read_text()
+    assert 'draw()' not in index.text and 'a dot' in (small/'site/index.html').read_text()
+    assert re.search(r'<li>\s*<p>one</p>\s*<ul>\s*<li>half</li>|<li>one\s*<ul>\s*<li>half</li>', (small/'site/area.html').read_text()), 'nested list'
+
+@needs_zensical
+def test_build_spares_other_folders(small):
+    with pytest.raises(ValueError, match='no site'): build(small/'nbs', small)
+    assert (small/'nbs/index.ipynb').exists()
+
+@needs_zensical
+def test_site_of_this_project(tmp_path):
+    build(tmp_path/'site', project.root)
+    pages = check_site(tmp_path/'site')
+    for nb in project.notebooks():
+        name = page_name(nb.relative_to(project.nbs).as_posix()).replace('.md', '.html')
+        names = [s.name for c in read_cells(nb) if c.exported for s in symbols(c) if s.public]
+        missing = [o for o in names if o.lower() not in pages[name].ids]
+        assert not missing, f'{name} lacks {missing}'
+        for o in nb.parent.glob('*.html'): pytest.fail(f'{o}: built pages do not belong beside notebooks')

@@ -1,0 +1,73 @@
+"The wheel works outside the checkout, without what only developers have"
+import email, os, subprocess, sys, zipfile
+from pathlib import Path
+import pytest
+
+BLOCKER = '''
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'nbdev','execnb','ghapi','IPython','pytest','hypothesis','zensical','latex2mathml','setuptools'}:
+            raise ModuleNotFoundError(f'{name} is not there for users', name=name)
+sys.meta_path.insert(0, Block())
+'''
+
+@pytest.fixture(scope='module')
+def wheel(root, tmp_path_factory):
+    "The wheel of the checkout, built without network"
+    out = tmp_path_factory.mktemp('wheel')
+    src = out/'src'
+    # a copy, so that the checkout gets no build folder and old build folders do not leak into the wheel
+    files = [o for o in root.iterdir() if o.is_file()] + [o for o in (root/'dsb').rglob('*') if o.is_file() and '__pycache__' not in o.parts]
+    for o in files:
+        to = src/o.relative_to(root)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(o.read_bytes())
+    subprocess.run([sys.executable,'-m','pip','wheel','.','-q','--no-deps','--no-build-isolation','-w',out], cwd=src, check=True)
+    return next(out.glob('*.whl'))
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    "Run Python code that sees the wheel's content and not the checkout"
+    site = tmp_path_factory.mktemp('site')
+    zipfile.ZipFile(wheel).extractall(site)
+    def run(code):
+        env = {**os.environ, 'PYTHONPATH':str(site)}
+        cwd = tmp_path_factory.mktemp('elsewhere')
+        head = BLOCKER + f'import dsb; assert dsb.__file__.startswith({str(site)!r}), dsb.__file__\n'
+        return subprocess.run([sys.executable,'-c',head+code], cwd=cwd, env=env, capture_output=True, text=True)
+    return run
+
+def test_holds_every_file_of_the_package(root, wheel):
+    have = {o for o in zipfile.ZipFile(wheel).namelist() if o.startswith('dsb/')}
+    want = {o.relative_to(root).as_posix() for o in (root/'dsb').rglob('*') if o.is_file() and '__pycache__' not in o.parts}
+    assert have==want
+
+def test_metadata(wheel):
+    z = zipfile.ZipFile(wheel)
+    info = next(o for o in z.namelist() if o.endswith('METADATA'))
+    meta = email.message_from_bytes(z.read(info))
+    assert meta['License-Expression']=='Apache-2.0'
+    assert b'Apache License' in z.read(info.replace('METADATA', 'licenses/LICENSE'))
+    assert meta['Requires-Python']=='>=3.10'
+    needs = [o for o in meta.get_all('Requires-Dist') if 'extra' not in o]
+    assert 'fastcore>=1.7' in needs and not any(o.startswith(('nbdev','pytest')) for o in needs), needs
+
+def test_version(root, installed, wheel):
+    r = installed('print(dsb.__version__)')
+    assert r.returncode==0 and f'-{r.stdout.strip()}-' in wheel.name, r.stderr
+
+def test_every_module_imports(installed):
+    r = installed('''
+import importlib, pkgutil
+names = [o.name for o in pkgutil.walk_packages(dsb.__path__, 'dsb.')]
+for o in names: importlib.import_module(o)
+print(len(names))
+''')
+    assert r.returncode==0, r.stderr
+    assert int(r.stdout)>2
+
+def test_command_answers(installed, root):
+    if not (root/'dsb/cli.py').exists(): pytest.skip('dsb.cli is not there yet')
+    r = installed('from dsb.cli import main; main(["--help"])')
+    assert r.returncode==0 and 'usage' in r.stdout.lower(), r.stderr
