@@ -173,14 +173,21 @@ def plan(self:Data,
         out.append((b, order[lo:hi], slice(k*self.rank, k*(self.rank+1))))
     return out
 
-# %% ../nbs/14_data.ipynb #8a59c8d0
+# %% ../nbs/14_data.ipynb #119389e6
 class TensorData(Data):
     "A data set held in memory as uint8, moved and normalised a batch at a time"
-    def __init__(self, name, info, classes, train, test, **kwargs):
+    def __init__(self,
+        name:str,     # of the data set
+        info:DatasetInfo, # what `dataset_info` says of it
+        classes:list, # names
+        train:tuple,  # x uint8 (N, C, H, W), y int64 (N,)
+        test:tuple,   # the same of the test images
+        **kwargs):
         super().__init__(name, info, classes, len(train[0]), len(test[0]), **kwargs)
         self.train = tuple(t.to(self.device) for t in train)
         self.test = tuple(t[self.rank::self.world_size].to(self.device) for t in test)
 
+# %% ../nbs/14_data.ipynb #70cbca83
 @patch
 def train_batches(self:TensorData,
     epoch:int,   # number of the epoch
@@ -218,7 +225,7 @@ def _write(path, obj):
         os.unlink(tmp)
         raise
 
-# %% ../nbs/14_data.ipynb #dec984c3
+# %% ../nbs/14_data.ipynb #d6f10998
 def cached(
     name:str, # file name that says everything the content depends on
     make,     # function without arguments that returns a tuple of CPU tensors
@@ -232,7 +239,7 @@ def cached(
         except Exception: pass  # whatever is wrong with a cached file, the remedy is the same
     tensors = make()
     try: _write(path, dict(tensors=list(tensors), checksum=_checksum(tensors)))
-    except OSError as e: warnings.warn(f'{path} cannot be written ({e.strerror or e}): {name} will be made again next time')
+    except (OSError, RuntimeError) as e: warnings.warn(f'{path} cannot be written ({getattr(e, "strerror", None) or e}): it will be made again next time')
     return tensors
 
 # %% ../nbs/14_data.ipynb #c4354a04
@@ -346,11 +353,12 @@ def _cifar(name, data_dir, download, **_):
         return torch.from_numpy(x),torch.tensor(y, dtype=torch.int64)
     return split(cls.train_list),split(cls.test_list),read(cls.meta['filename'])[cls.meta['key']]
 
-# %% ../nbs/14_data.ipynb #63074bfd
+# %% ../nbs/14_data.ipynb #8cc7f34e
 def _damaged(path, what, why):
     "The error for a file that cannot be read"
     return DataError(f"{path}: {what} is damaged ({' '.join(str(why).split())}); download the data set again (--data_set digits needs nothing)")
 
+# %% ../nbs/14_data.ipynb #ebf5e75c
 class _Tree:
     "The files of a folder or of a zip archive, by their names in Tiny-ImageNet's folder"
     def __init__(self, path):
@@ -442,7 +450,14 @@ class _Images(torch.utils.data.Dataset):
 # %% ../nbs/14_data.ipynb #0c54314e
 class FolderData(Data):
     "A data set of image files, read by worker processes"
-    def __init__(self, name, info, classes, train, test, workers=0, **kwargs):
+    def __init__(self,
+        name:str,      # of the data set
+        info:DatasetInfo, # what `dataset_info` says of it
+        classes:list,  # names
+        train:list,    # (file, class) of each image
+        test:list,     # the same of the test images
+        workers:int=0, # processes that read images
+        **kwargs):
         from torchvision import transforms as T
         super().__init__(name, info, classes, len(train), len(test), **kwargs)
         self.workers,size = workers,info.image_size
@@ -451,7 +466,7 @@ class FolderData(Data):
         crops = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
         self.images = _Images(train, test, self.seed, T.Compose([*crops, *tail]), T.Compose([*middle, *tail]))
 
-# %% ../nbs/14_data.ipynb #0b5d2cb6
+# %% ../nbs/14_data.ipynb #303d51a3
 @patch
 def _load(self:FolderData, batches):
     "Batches of the images with these keys"
@@ -462,6 +477,7 @@ def _load(self:FolderData, batches):
     except DataError as e:  # a worker wraps the message in its traceback, whose last line it is
         raise DataError(str(e).strip().splitlines()[-1].removeprefix('dsb.data.DataError: ')) from None
 
+# %% ../nbs/14_data.ipynb #2cb05ed4
 @patch
 def train_batches(self:FolderData,
     epoch:int,   # number of the epoch

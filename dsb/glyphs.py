@@ -177,7 +177,7 @@ def scraps(
     f,c = (torch.randint(k, (n,), generator=g) for k in drawings.shape[:2])
     return place(drawings[f,c], random_pose(n, g, reach=(13,20)))
 
-# %% ../nbs/13_glyphs.ipynb #f90b6e61
+# %% ../nbs/13_glyphs.ipynb #feed7b51
 def lines(
     n:int,             # number of images
     g:torch.Generator, # CPU generator
@@ -189,6 +189,7 @@ def lines(
     away = (way.cos()*t + way.sin()*t[:,None] - off).abs()
     return (width/2+.5-away).clamp(0, 1)[:,None]
 
+# %% ../nbs/13_glyphs.ipynb #e071400c
 def patches(
     n:int,             # number of images
     g:torch.Generator, # CPU generator
@@ -239,7 +240,7 @@ def glyph_chunk(
     x = lay(x, patches(n, g), .4)
     return camera(x, g, clutter),y
 
-# %% ../nbs/13_glyphs.ipynb #d5ea50af
+# %% ../nbs/13_glyphs.ipynb #89793528
 def make_glyphs(
     n:int,             # number of images, at least 1
     seed:int=0,        # seed of the data set
@@ -252,11 +253,14 @@ def make_glyphs(
     if n<1: raise ValueError(f'n={n}: expected at least one image')
     if clutter<0: raise ValueError(f'clutter={clutter}: expected 0 (plain glyphs) or more')
     x,y = torch.empty(n, 3, 32, 32, dtype=torch.uint8),torch.empty(n, dtype=torch.int64)
-    drawings = atlas()
-    with tqdm(total=n, desc=f'glyphs {split}', unit='img', disable=not progress, leave=False) as bar:
-        for chunk,i in enumerate(range(0, n, GLYPH_CHUNK)):
-            cx,cy = glyph_chunk(drawings, seed, split, chunk, clutter)
-            k = min(GLYPH_CHUNK, n-i)
-            x[i:i+k],y[i:i+k] = cx[:k],cy[:k]
-            bar.update(k)
+    drawings,threads = atlas(),torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tqdm(total=n, desc=f'glyphs {split}', unit='img', disable=not progress, leave=False) as bar:
+            for chunk,i in enumerate(range(0, n, GLYPH_CHUNK)):
+                cx,cy = glyph_chunk(drawings, seed, split, chunk, clutter)
+                k = min(GLYPH_CHUNK, n-i)
+                x[i:i+k],y[i:i+k] = cx[:k],cy[:k]
+                bar.update(k)
+    finally: torch.set_num_threads(threads)
     return x,y
