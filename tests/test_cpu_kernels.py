@@ -1,0 +1,213 @@
+"""Native CPU kernels against float64 dense convolution, and the ways in which they are built.
+
+The same cases under the address sanitizer (GCC, Linux; a few minutes):
+
+    DSB_CACHE=/tmp/dsb-asan DSB_CXXFLAGS="-march=native -g -fsanitize=address" ASAN_OPTIONS=detect_leaks=0 \
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so)" python -m pytest -p no:cacheprovider tests/test_cpu_kernels.py -k "fuzz or linear"
+"""
+import gc, os, resource, subprocess, sys, warnings
+import pytest, torch, torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from dsb.kernels import cpu
+from dsb.kernels.reference import ConvArgs
+from dsb.structure import ShuffledBlocks
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    no_library = cpu._library()[1]
+pytestmark = pytest.mark.skipif(bool(no_library) and 'compiler on PATH' in no_library, reason=no_library or 'never')
+CL = torch.channels_last
+
+def structure(O, K, B, groups, density, g, empty=False):
+    "Random rows, random columns; short groups where a convolution group's rows are no multiple of B"
+    rows = []
+    for i in range(groups):
+        r = (torch.randperm(O//groups, generator=g)+i*(O//groups)).tolist()
+        rows += r+[-1]*(-len(r)%B)
+    top = K//B
+    n = [max(0 if empty else 1, min(top, round(2*density*top*torch.rand((), generator=g).item()))) for _ in range(len(rows)//B)]
+    cols = [torch.randperm(K, generator=g)[:o*B] for o in n]
+    ptr = torch.tensor([0,*n]).cumsum(0)*B
+    return ShuffledBlocks(torch.tensor(rows).int(), ptr.int(), torch.cat(cols).int(), B, (O,K), check=False)
+
+def error(got, want): return ((got-want).abs().max()/want.abs().max().clamp(min=1e-3)).item() if want.numel() else 0.
+
+def check(N, C, O, H, W, B, a, density, seed, cl=False, dy_cl=False, bias=False, empty=False, need=(True,True)):
+    "Largest relative error of the products that are wanted"
+    g = torch.Generator().manual_seed(seed)
+    s = structure(O, C//a.groups*a.kernel_size[0]*a.kernel_size[1], B, a.groups, density, g, empty)
+    x,v,b = torch.randn(N,C,H,W, generator=g), torch.randn(len(s.cols),B, generator=g), torch.randn(O, generator=g) if bias else None
+    absent = (s.rows.view(-1,B)<0)[torch.repeat_interleave(torch.arange(len(s.group_ptr)-1), s.group_ptr.diff().long())]
+    v[absent] = 0
+    if cl: x = x.contiguous(memory_format=CL)
+    w = s.scatter(v).view(O,-1,*a.kernel_size).double()
+    want = F.conv2d(x.double(), w, b if b is None else b.double(), *a[1:])
+    dy = torch.randn(want.shape, generator=g)
+    if dy_cl: dy = dy.contiguous(memory_format=CL)
+    dx,dw,_ = torch.ops.aten.convolution_backward(dy.double(), x.double(), w, None, *a[1:4], False, [0,0], a.groups, [True,True,False])
+    y = cpu.conv2d(x, v, b, s, a)
+    kept = CL if not x.is_contiguous() else torch.contiguous_format
+    assert y.shape==want.shape and y.is_contiguous(memory_format=kept)
+    gx,gv = cpu.conv2d_backward(dy, x, v, s, a, *need)
+    assert (gx is not None, gv is not None)==need
+    errs = [error(y, want)]
+    if need[0]: assert gx.is_contiguous(memory_format=kept); errs.append(error(gx, dx))
+    if need[1]: assert not gv[absent].any(); errs.append(error(gv, s.gather(dw.reshape(s.shape))))
+    return max(errs)
+
+small = st.integers(1,3)
+@st.composite
+def layers(draw):
+    "A convolution that torch accepts"
+    B,groups = draw(st.sampled_from([8,16,32,64])),draw(st.sampled_from([1,1,1,2,3]))
+    k = draw(st.tuples(st.sampled_from([1,1,2,3,3,5]), st.sampled_from([1,1,2,3,3,4])))
+    plain = draw(st.booleans())
+    stride,dil = ((1,1),(1,1)) if plain else (draw(st.tuples(small,small)),draw(st.tuples(st.integers(1,2),small)))
+    pad = draw(st.sampled_from([(0,0),(k[0]//2,k[1]//2),(2,1),(0,3)]))
+    Cg = draw(st.sampled_from([1,3,8,16,20,32]))
+    while Cg*k[0]*k[1]<B: Cg *= 2
+    Og = max(B, draw(st.sampled_from([8,16,24,33,48,64])))
+    H,W = (max(draw(st.sampled_from(o)), (n-1)*d+1-2*p) for o,n,d,p in zip(([1,2,3,4,5,7,8,9,13,16], [1,2,3,4,6,7,8,9,16,17,32]), k, dil, pad))
+    return dict(N=draw(st.sampled_from([1,2,3,4,5,8,13,17])), C=Cg*groups, O=Og*groups, H=H, W=W, B=B, a=ConvArgs(k,stride,pad,dil,groups),
+                density=draw(st.sampled_from([.05,.2,.5,1.])), seed=draw(st.integers(0,10**6)), cl=draw(st.booleans()), dy_cl=draw(st.booleans()),
+                bias=draw(st.booleans()), empty=draw(st.booleans()), need=draw(st.sampled_from([(True,True),(True,True),(True,False),(False,True)])))
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(layers())
+def test_fuzz(layer):
+    assume(layer['N']*layer['C']*layer['H']*layer['W']<2e5)
+    assert check(**layer)<1e-5
+
+@pytest.mark.parametrize('threads', [1,2,3])
+def test_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for seed,N in enumerate((1,2,9)): assert check(N, 24, 32, 9, 8, 16, ConvArgs((3,3),(1,1),(1,1)), .3, seed, cl=bool(seed%2))<1e-5
+    finally: torch.set_num_threads(before)
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(1,140), st.integers(8,130), st.integers(8,90), st.sampled_from([8,16,32,64]), st.integers(0,99))
+def test_linear(M, K, O, B, seed):
+    assume(K>=B and O>=B)
+    g = torch.Generator().manual_seed(seed)
+    s = structure(O, K, B, 1, .3, g)
+    v,x,b,dy = s.gather(s.scatter(torch.randn(len(s.cols),B, generator=g))),torch.randn(M,K, generator=g),torch.randn(O, generator=g),torch.randn(M,O, generator=g)
+    w = s.scatter(v).double()
+    assert error(cpu.linear(x, v, b, s), x.double()@w.T+b)<1e-5
+    dx,dv = cpu.linear_backward(dy, x, v, s, True, True)
+    assert error(dx, dy.double()@w)<1e-5 and error(dv, s.gather(dy.double().T@x.double()))<1e-5
+
+@pytest.mark.parametrize('cl', [False,True])
+@pytest.mark.parametrize('H,C', [(16,64),(15,80)])
+def test_large(cl, H, C):
+    "Tensors beyond the size from which results bypass the caches"
+    assert check(72, C, 64, H, H, 16, ConvArgs((3,3),(1,1),(1,1)), .1, 0, cl=cl, dy_cl=cl, bias=True)<1e-5
+
+def test_empty_batch():
+    g = torch.Generator().manual_seed(0)
+    s = structure(16, 72, 8, 1, .3, g)
+    v,a = torch.randn(len(s.cols),8),ConvArgs((3,3),(1,1),(1,1))
+    x = torch.randn(0,8,4,4)
+    assert cpu.conv2d(x, v, None, s, a).shape==(0,16,4,4)
+    dx,dv = cpu.conv2d_backward(torch.randn(0,16,4,4), x, v, s, a, True, True)
+    assert dx.shape==x.shape and not dv.any()
+
+def test_changing_shapes():
+    "Memory stays where it is over many calls"
+    g = torch.Generator().manual_seed(0)
+    s,a = structure(16, 72, 8, 1, .3, g),ConvArgs((3,3),(1,1),(1,1))
+    v = torch.randn(len(s.cols),8)
+    def rounds(n):
+        for i in range(n):
+            x = torch.randn(1+i%7,8,3+i%11,3+i%13)
+            y = cpu.conv2d(x, v, None, s, a)
+            cpu.conv2d_backward(y, x, v, s, a, True, True)
+        gc.collect()
+        return int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+    if not os.path.exists('/proc/self/statm'): pytest.skip('no /proc')
+    before = rounds(800)
+    assert rounds(1600)-before<8 and len(s.cache['cpu'])<=8
+
+smoke = '''
+import sys, warnings; sys.path[:0] = {path!r}
+import torch; torch.set_num_threads(2)
+import test_cpu_kernels as t
+from dsb.kernels.reference import ConvArgs
+from dsb.kernels import cpu
+{body}
+'''
+def run(body, **env):
+    "Run python code in another process, beside this file"
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = smoke.format(path=[here, os.path.dirname(here)], body=body)
+    return subprocess.Popen([sys.executable, '-c', code], env=os.environ|env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+cases = '''
+for i,(B,k,st,cl) in enumerate([(8,3,1,0),(16,3,1,1),(16,3,2,1),(32,1,1,0),(64,3,1,1),(16,5,1,0)]):
+    for N,H in ((5,8),(2,7),(17,4)):
+        e = t.check(N, 32, 64, H, H, B, ConvArgs((k,k),(st,st),(k//2,k//2)), .3, i, cl=bool(cl), bias=True)
+        assert e<1e-5, (B,k,st,cl,N,H,e)
+print('lanes', cpu._library()[0].dsb_lanes())
+'''
+x86 = pytest.mark.skipif(not any(o in cpu.platform.machine() for o in ('x86','AMD')), reason='x86 flags')
+@x86
+@pytest.mark.parametrize('flags,lanes,feature', [('-march=x86-64',4,''), ('-mavx2 -mfma',8,'avx2'), ('-mavx512f',16,'avx512f')])
+def test_flags(flags, lanes, feature, tmp_path):
+    if feature not in cpu._cpu_features(): pytest.skip(f'no {feature} here')
+    p = run(cases, DSB_CXXFLAGS=flags, DSB_CACHE=str(tmp_path))
+    out,err = p.communicate()
+    assert p.returncode==0 and f'lanes {lanes}' in out, err
+    assert err.count('building the CPU kernels')==1
+
+def test_builds_at_once(tmp_path):
+    "Three processes start on an empty cache; a fourth finds the library"
+    env = dict(DSB_CACHE=str(tmp_path/'new'/'folder'))
+    ps = [run('assert not cpu._library()[1]; assert t.check(2,16,16,5,5,8,ConvArgs((3,3)),.5,0)<1e-5', **env) for _ in range(3)]
+    for p in ps: assert p.communicate() and p.returncode==0
+    assert [o.suffix for o in (tmp_path/'new'/'folder').iterdir()]==['.so']
+    p = run('cpu.check()', **env)
+    assert p.communicate()==('','') and p.returncode==0
+
+def test_no_compiler(tmp_path):
+    body = '''
+with warnings.catch_warnings(record=True) as w:
+    warnings.simplefilter('always')
+    s = t.structure(16, 72, 8, 1, .3, torch.Generator())
+    for _ in range(3): print(cpu.supports(torch.randn(2,8,4,4), s, ConvArgs((3,3))))
+    try: cpu.check()
+    except ValueError as e: print('check', e)
+'''
+    p = run(body, PATH=str(tmp_path), CXX='', DSB_CACHE=str(tmp_path/'cache'))
+    out,err = p.communicate()
+    lines = out.splitlines()
+    assert p.returncode==0 and len(lines)==4 and 'no C++ compiler' in lines[0] and lines[0]==lines[2] and lines[3].startswith('check'), err
+    assert err.count('building')==0
+
+def test_failing_compiler(tmp_path):
+    "One warning, with the compiler's first error"
+    p = run('print(cpu._library()[1]); cpu._library()', DSB_CXXFLAGS='-march=nonsense', DSB_CACHE=str(tmp_path))
+    out,err = p.communicate()
+    assert p.returncode==0 and 'nonsense' in out and not list(tmp_path.glob('*.so'))
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_fork():
+    "A child of a process that has used threads computes, alone"
+    body = '''
+import os
+s = t.structure(32, 288, 16, 1, .3, torch.Generator().manual_seed(0))
+v,x,a = torch.ones(len(s.cols),16),torch.ones(9,32,8,8),ConvArgs((3,3),(1,1),(1,1))
+def total():
+    y = cpu.conv2d(x, v, None, s, a)
+    dx,dv = cpu.conv2d_backward(y, x, v, s, a, True, True)
+    s.cache.clear()
+    return y[0,:,4,4].sum().item(), dx[0,:,4,4].sum().item(), dv[0,0].item()
+want = total()
+pid = os.fork()
+if pid==0: os._exit(0 if total()==want else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==0
+'''
+    p = run(body)
+    try: _,err = p.communicate(timeout=120)
+    finally: p.kill()
+    assert p.returncode==0, err
