@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plan_drops', 'confirm_drops', 'Collector', 'grow_by_gradient', 'grow_at_random', 'next_structure', 'Move', 'Updater',
-           'LayerReport', 'Report']
+           'pack_mask', 'unpack_mask', 'LayerReport', 'Report']
 
 # %% ../nbs/11_topology.ipynb #72e304c2
 import torch
@@ -184,7 +184,7 @@ class Updater:
         self.followers = [_followers(self.layers, o) for o in follow]
         self.generator = generator or torch.Generator().manual_seed(0)
         self.t,self.pending = 0,False
-        self.ever = {n:_pack(m.structure.mask()) for n,m in self.layers.items()}
+        self.ever = {n:pack_mask(m.structure.mask()) for n,m in self.layers.items()}
         self._watch_steps()
         self._arm()
 
@@ -201,16 +201,24 @@ def _followers(layers, model):
     return res
 
 # %% ../nbs/11_topology.ipynb #c2ba4bac
-def _pack(
-    m:Tensor, # bool
-)->Tensor: # uint8, 8 entries each
-    "Bits of a boolean tensor"
+def pack_mask(
+    m:Tensor, # bool, any shape
+)->Tensor:    # uint8, 8 entries each, on the same device
+    "Bits of a mask"
     b = F.pad(m.reshape(-1).to(torch.uint8), (0, -m.numel()%8)).view(-1,8)
     return (b << torch.arange(8, dtype=torch.uint8, device=m.device)).sum(1, dtype=torch.uint8)
 
+def unpack_mask(
+    bits:Tensor, # uint8, from `pack_mask`
+    shape:tuple, # of the mask
+)->Tensor: # bool
+    "The mask that was packed"
+    b = bits[:,None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return b.view(-1)[:torch.Size(shape).numel()].view(shape).bool()
+
 def _count(bits:Tensor)->int:
     "Number of set bits"
-    return int((bits[:,None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).sum())
+    return int(unpack_mask(bits, (8*len(bits),)).sum())
 
 # %% ../nbs/11_topology.ipynb #2a5f6553
 @patch
@@ -325,7 +333,7 @@ def _update_layer(self:Updater, name, m):
         new = next_structure(s, v, drop, grown, getattr(m,'groups',1))
         move,mask = Move(s, new, drop),new.mask()
         line.grown,line.survived,line.changed = len(grown),int(mask.view(-1)[grown].sum()),move.added
-        self.ever[name] |= _pack(mask)
+        self.ever[name] |= pack_mask(mask)
         for f in self.followers: _relay(f[name], new, Move(s, new, drop))
         _relay(m, new, move, self.opt)
     line.ever = _count(self.ever[name])

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'FORMAT', 'MAY_CHANGE', 'choose_method', 'TrainConfig', 'Recipe', 'lr_at', 'end_of_updates',
            'save_whole', 'claim_folder', 'load_checkpoint', 'Interrupted', 'Diverged', 'Signals', 'join_group',
-           'leave_group', 'pick_device', 'pack_mask', 'unpack_mask', 'structure_checksum', 'build_model', 'Trainer',
-           'draw_run', 'restored']
+           'leave_group', 'pick_device', 'structure_checksum', 'build_model', 'Trainer', 'draw_run', 'restored']
 
 # %% ../nbs/16_train.ipynb #ed8cae86
 import json, math, os, shutil, signal, sys, threading, time, zlib
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +23,7 @@ from .data import DataError, dataset_info, load_data
 from .density import one_of
 from .models import create_model, model_channels
 from .sparsify import sparse_layers, sparsify, summary
-from .topology import Updater
+from .topology import Updater, pack_mask, unpack_mask
 
 # %% ../nbs/16_train.ipynb #ac34d57d
 METHODS = ('dsb', 'ssb', 'rigl', 'set', 'static', 'dense')
@@ -286,27 +284,13 @@ def pick_device(
     if cuda >= n: raise ValueError(f"cuda={cuda}: torch sees {n} GPU{'s'*(n > 1)}, expected an index below {n}")
     return torch.device('cuda', cuda)
 
-# %% ../nbs/16_train.ipynb #0355ed5b
-def pack_mask(
-    m:torch.Tensor, # bool, any shape
-)->torch.Tensor:    # uint8, (ceil(n/8),), on the CPU
-    "A mask with eight entries in a byte"
-    return torch.from_numpy(np.packbits(m.detach().cpu().numpy()))
-
-def unpack_mask(
-    p:torch.Tensor, # uint8, from `pack_mask`
-    shape:tuple,    # shape of the mask
-)->torch.Tensor:    # bool
-    "The mask that was packed"
-    return torch.from_numpy(np.unpackbits(p.numpy(), count=math.prod(shape)).astype(bool)).reshape(shape)
-
 # %% ../nbs/16_train.ipynb #7b54bf56
 def structure_checksum(
     model:nn.Module, # sparse or not
 )->int: # 32 bits; 0 where nothing is sparse
     "A number that differs when the masks of two models differ"
     crc = 0
-    for name, layer in sparse_layers(model).items(): crc = zlib.crc32(pack_mask(layer.mask()).numpy().tobytes(), crc)
+    for name, layer in sparse_layers(model).items(): crc = zlib.crc32(pack_mask(layer.mask()).cpu().numpy().tobytes(), crc)
     return crc
 
 # %% ../nbs/16_train.ipynb #b8000c5d
@@ -393,7 +377,7 @@ def _start(self:Trainer):
     self.epoch, self.batch, self.step, self.seconds = c.start_epoch, 0, c.start_epoch*self.steps_per_epoch, 0.
     self.history, self.best = [], dict(acc=-1., epoch=0)
     if self.upd: self.upd.load_state_dict(self.upd.state_dict() | dict(t=self.step))
-    self.start = {n: pack_mask(l.mask()) for n, l in sparse_layers(self.model).items()}
+    self.start = {n: pack_mask(l.mask()).cpu() for n, l in sparse_layers(self.model).items()}
     with torch.random.fork_rng(devices=self._gpus()):
         for g in (torch.default_generator, *(torch.cuda.default_generators[i] for i in self._gpus())): g.manual_seed(c.seed + 7919*self.rank)
         self.rng = self._random_state()
