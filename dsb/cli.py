@@ -305,3 +305,7 @@ def main(
         print(__version__); return 0
     if argv[0] not in commands: fail(f"unknown command {argv[0]!r}: expected {', '.join(commands)}{near(argv[0], commands)}")
     return commands[argv[0]][0](argv[1:])
+
+# %% ../nbs/17_cli.ipynb #40048fa2
+#| eval: false
+if __name__=='__main__': sys.exit(main())

@@ -334,7 +334,7 @@ def _update_layer(self:Updater, name, m):
         move,mask = Move(s, new, drop),new.mask()
         line.grown,line.survived,line.changed = len(grown),int(mask.view(-1)[grown].sum()),move.added
         self.ever[name] |= pack_mask(mask)
-        for f in self.followers: _relay(f[name], new, Move(s, new, drop))
+        for f in self.followers: _relay(f[name], new, move)
         _relay(m, new, move, self.opt)
     line.ever = _count(self.ever[name])
     return line

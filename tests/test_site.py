@@ -9,7 +9,6 @@ from dsb.site import Project, build, main, page_name, readme, symbols, read_cell
 
 project = Project(os.path.dirname(__file__))
 needs_zensical = pytest.mark.skipif(not (find_spec('zensical') and find_spec('latex2mathml')), reason="no zensical here: pip install -e '.[site]'")
-needs_index = pytest.mark.skipif(not (project.nbs/'index.ipynb').exists(), reason='nbs/index.ipynb is not written yet')
 
 PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 def text(source): return dict(cell_type='markdown', metadata={}, source=source)
@@ -71,14 +70,12 @@ circle(1)
     readme(small)
     assert times==[o.stat().st_mtime_ns for o in (small/'README.md', small/'nbs/images/readme-1.png')]
 
-@needs_index
 def test_readme_in_sync():
     files = readme(project.root, write=False)
     differ = [str(f.relative_to(project.root)) for f,data in files.items() if not f.exists() or f.read_bytes()!=data]
     stale = [str(f.relative_to(project.root)) for f in (project.nbs/'images').glob('readme-*') if f not in files]
     assert not differ+stale, f'run `python -m dsb.site readme` and commit the result; not as the index has it: {differ+stale}'
 
-@needs_index
 def test_readme_and_ci_test_alike():
     command = (project.root/'.ci/run').read_text().rstrip().splitlines()[-1]
     assert 'pytest' in command and command in (project.root/'README.md').read_text(), f'the README does not tell to run {command!r}, as .ci/run does'
