@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .structure import Structure, ShuffledBlocks, Unstructured
+from .structure import Structure, Unstructured
 from .kernels.reference import ConvArgs
 from .ops import structure_of, block_linear, block_conv2d, exposed, listen
 

@@ -8,14 +8,13 @@ __all__ = ['backends', 'backend', 'why_not', 'structure_of', 'listen', 'exposed'
 # %% ../nbs/08_ops.ipynb #a9cf19e7
 import importlib, importlib.util
 import torch
-import torch.nn.functional as F
 from functools import cache
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure import ShuffledBlocks
-from .kernels.reference import ConvArgs
+from .kernels.reference import ConvArgs, is_channels_last
 
 # %% ../nbs/08_ops.ipynb #7476bc7a
 _fast = {'cpu':'cpu', 'cuda':'triton'}                       # device type -> its fast backend
@@ -182,8 +181,7 @@ def _conv2d(x:Tensor, values:Tensor, bias:Tensor|None, rows:Tensor, group_ptr:Te
 def _(x, values, bias, rows, group_ptr, cols, B, O, kernel_size, stride, padding, dilation, groups, key):
     size = _conv_args(kernel_size, stride, padding, dilation, groups).out_size(*x.shape[2:])
     y = x.new_empty(x.shape[0], O, *size)
-    cl = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.to(memory_format=torch.channels_last) if cl else y
+    return y.to(memory_format=torch.channels_last) if is_channels_last(x) else y
 
 # %% ../nbs/08_ops.ipynb #98a35151
 def _dense_wgrad(dy, x, s, a):

@@ -17,7 +17,6 @@ from .structure import Structure, ShuffledBlocks, Unstructured
 from .extract import extract_blocks, scores_with_grown
 from .density import one_of
 from .schedule import drop_fraction, is_update
-from .layers import SparseLayer
 from .sparsify import sparse_layers
 
 # %% ../nbs/11_topology.ipynb #acd979f0

@@ -1,10 +1,9 @@
 "Whatever the layer, the scores and the drop fraction: an update keeps every rule that a structure has to keep"
-import pytest, torch
+import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 import dsb
-from dsb.layers import SparseConv2d, SparseLinear
-from dsb.topology import Collector, Move, confirm_drops, grow_by_gradient, next_structure, plan_drops
+from dsb.topology import Collector, confirm_drops, grow_by_gradient, next_structure, plan_drops
 
 @st.composite
 def layers(draw):

@@ -12,7 +12,7 @@ import torch
 from pathlib import Path
 from torch import Tensor
 from ..structure import ShuffledBlocks
-from .reference import ConvArgs
+from .reference import ConvArgs, is_channels_last
 
 # %% ../../nbs/06_cpu.ipynb #8053a5ec
 def _cache_dir()->Path:
@@ -597,7 +597,6 @@ def _refold(
 def _ptr(t): return None if t is None else t.data_ptr()
 def _int32(x): return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32))
 def _format(cl): return torch.channels_last if cl else torch.contiguous_format
-def _is_cl(x): return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 # %% ../../nbs/06_cpu.ipynb #8caf3133
 def _order(
@@ -712,7 +711,7 @@ def conv2d(
     a:ConvArgs,       # geometry
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "Convolution with the compact weight"
-    cl = _is_cl(x)
+    cl = is_channels_last(x)
     y = torch.empty((len(x), s.shape[0], *a.out_size(*x.shape[2:])), memory_format=_format(cl))
     return _forward(x.contiguous(memory_format=_format(cl)), values, bias, s, a, cl, y)
 
@@ -726,7 +725,7 @@ def conv2d_backward(
     need_values:bool,  # want the weight gradient?
 )->tuple: # (dx in the memory format of x or None, dvalues like `values` or None)
     "Both gradients of `conv2d`"
-    cl = _is_cl(x)
+    cl = is_channels_last(x)
     x,dy = (o.contiguous(memory_format=_format(cl)) for o in (x,dy))
     dx = torch.empty_like(x) if need_x else None
     dv = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
