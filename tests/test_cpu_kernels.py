@@ -8,7 +8,7 @@ The same cases under the address sanitizer (GCC, Linux; a few minutes):
 import gc, os, resource, subprocess, sys, warnings
 import pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
-from dsb.kernels import cpu
+from dsb.kernels import build, cpu
 from dsb.kernels.reference import ConvArgs
 from dsb.structure import ShuffledBlocks
 
@@ -134,7 +134,7 @@ import sys, warnings; sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(2)
 import test_cpu_kernels as t
 from dsb.kernels.reference import ConvArgs
-from dsb.kernels import cpu
+from dsb.kernels import build, cpu
 {body}
 '''
 def run(body, **env):
@@ -150,15 +150,15 @@ for i,(B,k,st,cl) in enumerate([(8,3,1,0),(16,3,1,1),(16,3,2,1),(32,1,1,0),(64,3
         assert e<1e-5, (B,k,st,cl,N,H,e)
 print('lanes', cpu._library()[0].dsb_lanes())
 '''
-x86 = pytest.mark.skipif(not any(o in cpu.platform.machine() for o in ('x86','AMD')), reason='x86 flags')
+x86 = pytest.mark.skipif(not any(o in build.platform.machine() for o in ('x86','AMD')), reason='x86 flags')
 @x86
 @pytest.mark.parametrize('flags,lanes,feature', [('-march=x86-64',4,''), ('-mavx2 -mfma',8,'avx2'), ('-mavx512f',16,'avx512f')])
 def test_flags(flags, lanes, feature, tmp_path):
-    if feature not in cpu._cpu_features(): pytest.skip(f'no {feature} here')
+    if feature not in build.cpu_features(): pytest.skip(f'no {feature} here')
     p = run(cases, DSB_CXXFLAGS=flags, DSB_CACHE=str(tmp_path))
     out,err = p.communicate()
     assert p.returncode==0 and f'lanes {lanes}' in out, err
-    assert err.count('building the CPU kernels')==1
+    assert err.count('building the cpu kernels')==1
 
 def test_builds_at_once(tmp_path):
     "Three processes start on an empty cache; a fourth finds the library"
