@@ -258,12 +258,13 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(i), same_conv(i, o, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(o), same_conv(o, o, 3)
-        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.drop = nn.Dropout(dropout) if dropout else None
         self.shortcut = None if stride == 1 and i == o else same_conv(i, o, 1, stride)
 
     def forward(self, x):
         a = F.relu(self.bn1(x), inplace=True)
-        y = self.drop(F.relu(self.bn2(self.conv1(a)), inplace=True))
+        y = F.relu(self.bn2(self.conv1(a)), inplace=True)
+        if self.drop is not None: y = self.drop(y)
         return self.conv2(y) + (x if self.shortcut is None else self.shortcut(a))
 
 # %% ../nbs/15_models.ipynb #eb1a3f80
