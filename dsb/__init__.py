@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
-           'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater']
+           'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'tune']
 
 # %% ../nbs/24_init.ipynb #1110a1fa
 from .structure import Structure, ShuffledBlocks, Unstructured
@@ -16,7 +16,8 @@ from .ops import backend, backends
 from .layers import SparseLinear, SparseConv2d
 from .sparsify import sparsify, densify, summary, sparse_layers
 from .topology import Updater
+from .tune import tune
 
 # %% ../nbs/24_init.ipynb #07bce986
 _all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
-         'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater']
+         'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'tune']

@@ -94,7 +94,8 @@ def _options():
         (['--device'], dict(metavar='NAME'), 'auto', "auto, cpu or cuda"),
         (['--cuda'], dict(metavar='N'), '0', "which GPU"),
         (['--workers'], dict(type=int, metavar='N'), None, "processes that read image files; default: one per core, as far as useful"),
-        (['--print_freq'], dict(type=int, metavar='N'), 0, "print a line every N steps too; 0: one line an epoch")]))
+        (['--print_freq'], dict(type=int, metavar='N'), 0, "print a line every N steps too; 0: one line an epoch"),
+        (['--no_tune'], dict(action='store_true'), False, "leave memory allocation as it is (default: on a CPU, freed memory is kept for the next step)")]))
 
 # %% ../nbs/22_cli.ipynb #01d22209
 def train_parser(
@@ -138,7 +139,7 @@ def options_to_config(
 )->dict: # arguments of `TrainConfig`
     "What the options mean, the commands' defaults filled in"
     from dsb.train import choose_method
-    o = {k: v for k, v in given.items() if k not in ('out', 'resume', 'static_update')}
+    o = {k: v for k, v in given.items() if k not in ('out', 'resume', 'static_update', 'no_tune')}
     static = _yes(given['static_update']) if 'static_update' in given else None
     size = o.get('block_size', None if 'method' in o else 0)
     o['method'], o['sparsity'], o['block_size'] = choose_method(o.get('method'), o.get('sparsity'), size, static)
@@ -175,7 +176,7 @@ def continued(
     changes = {k: v for k, v in given.items() if k in MAY_CHANGE}
     if 'cuda' in changes: changes['cuda'] = _gpu(changes['cuda'])
     for k, v in given.items():
-        if k in changes or k in ('resume', 'out'): continue
+        if k in changes or k in ('resume', 'out', 'no_tune'): continue
         same, has = _agrees(k, v, ck)
         if not same: raise ValueError(f"--{k} {v} contradicts the run in {path}, which has {has}: leave the option out to continue, or --resume to start anew")
     return Trainer.resume(path, given.get('out'), **changes)
@@ -190,11 +191,12 @@ def _ready(given, recipe):
         return Trainer(config, given.get('out') or default_out(config))
     except ValueError as e: fail(e)
 
-def _headline(t):
-    "What is about to happen"
+def _headline(t, kept):
+    "What is about to happen; is freed memory kept?"
     import torch
     n = torch.get_num_threads()
     where = f"cpu with {n} thread{'s'*(n > 1)}" if t.device.type == 'cpu' else torch.cuda.get_device_name(t.device)
+    where += ', freed memory kept'*kept
     where += f" in each of {t.world} processes"*(t.world > 1)
     return f"{t.config.title}\nepochs {t.epoch+1} to {t.config.epochs} of {t.steps_per_epoch} steps, {where}, in {t.out}"
 
@@ -207,16 +209,18 @@ def train_command(
     "Train, or continue, as the options say"
     given = vars(_parse(train_parser(recipe, prog), sys.argv[1:] if argv is None else argv))
     if given.get('recipe'): recipe = given['recipe']
-    try: return _train(_ready(given, recipe))
+    try: return _train(_ready(given, recipe), not given.get('no_tune'))
     except KeyboardInterrupt as e:
         print(f"\n{e or 'stopped before the first step'}", file=sys.stderr)
         return 128 + getattr(e, 'signum', 2)
 
-def _train(t):
-    "Fit, and say how it went"
+def _train(t, keep):
+    "Fit, and say how it went; keep freed memory?"
     from dsb.train import DataError, Diverged, Interrupted, leave_group
+    from dsb.tune import tune
+    kept = keep and t.device.type == 'cpu' and tune()
     say = print if t.rank == 0 else lambda *a, **k: None
-    say(_headline(t) if t.epoch < t.config.epochs else f"{t.out} is complete: {t.epoch} of {t.config.epochs} epochs", flush=True)
+    say(_headline(t, kept) if t.epoch < t.config.epochs else f"{t.out} is complete: {t.epoch} of {t.config.epochs} epochs", flush=True)
     try: r = t.fit()
     except Interrupted as e: e.args = (f"{e}; saved, continue with --resume {t.out}",); raise
     except Diverged as e: fail(e, 1)
