@@ -6,15 +6,15 @@
 __all__ = ['batch_norm', 'norm_then', 'fuse', 'unfuse']
 
 # %% ../nbs/14_fuse.ipynb #408366a0
-import operator
+import operator as python
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor, fx
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
-from .ops import conv_structure, dense_wgrad, picked, show
+from .ops import conv_structure, dense_wgrad, operator, picked, show
 
 # %% ../nbs/14_fuse.ipynb #65ec4482
-@torch.library.custom_op('dsb::norm', mutates_args=())
+@operator('dsb::norm')
 def _norm(x:Tensor, weight:Tensor|None, bias:Tensor|None, residual:Tensor|None, mean:Tensor|None, var:Tensor|None,
           eps:float, relu:bool)->tuple[Tensor,Tensor]:
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
@@ -24,7 +24,7 @@ def _norm(x:Tensor, weight:Tensor|None, bias:Tensor|None, residual:Tensor|None, 
 def _(x, weight, bias, residual, mean, var, eps, relu): return torch.empty_like(x),x.new_empty(4, x.shape[1])
 
 # %% ../nbs/14_fuse.ipynb #c8120073
-@torch.library.custom_op('dsb::norm_backward', mutates_args=())
+@operator('dsb::norm_backward')
 def _norm_backward(dy:Tensor, x:Tensor, y:Tensor|None, stats:Tensor, eps:float, relu:bool, batch:bool, need_x:bool, need_r:bool)->tuple[Tensor,Tensor,Tensor]:
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx,dr = (torch.empty_like(x) if o else None for o in (need_x,need_r))
@@ -93,7 +93,7 @@ def _update(bn, stats, n):
     bn.running_var.lerp_(stats[1]*(n/(n-1)), m)
 
 # %% ../nbs/14_fuse.ipynb #3df25a58
-@torch.library.custom_op('dsb::norm_conv2d', mutates_args=())
+@operator('dsb::norm_conv2d')
 def _norm_conv2d(x:Tensor, weight:Tensor|None, bias:Tensor|None, values:Tensor, conv_bias:Tensor|None, mean:Tensor|None, var:Tensor|None, eps:float,
                  rows:Tensor, group_ptr:Tensor, cols:Tensor, B:int, O:int,
                  kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int)->tuple[Tensor,Tensor]:
@@ -107,7 +107,7 @@ def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols,
     return x.new_empty(x.shape[0], O, *size).to(memory_format=torch.channels_last),x.new_empty(4, x.shape[1])
 
 # %% ../nbs/14_fuse.ipynb #448f281e
-@torch.library.custom_op('dsb::norm_conv2d_backward', mutates_args=())
+@operator('dsb::norm_conv2d_backward')
 def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor, B:int, O:int,
                           kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
                           eps:float, batch:bool, need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
@@ -151,7 +151,7 @@ def _into_conv(x, bn, conv):
     return y
 
 # %% ../nbs/14_fuse.ipynb #23e68920
-@torch.library.custom_op('dsb::norm_pool', mutates_args=())
+@operator('dsb::norm_pool')
 def _norm_pool(x:Tensor, weight:Tensor|None, bias:Tensor|None, mean:Tensor|None, var:Tensor|None, eps:float,
                kernel:list[int], stride:list[int], padding:list[int])->tuple[Tensor,Tensor,Tensor]:
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
@@ -163,7 +163,7 @@ def _(x, weight, bias, mean, var, eps, kernel, stride, padding):
     y = x.new_empty(*x.shape[:2], *size).to(memory_format=torch.channels_last)
     return y,torch.empty_like(y, dtype=torch.uint8),x.new_empty(4, x.shape[1])
 
-@torch.library.custom_op('dsb::norm_pool_backward', mutates_args=())
+@operator('dsb::norm_pool_backward')
 def _norm_pool_backward(dy:Tensor, x:Tensor, y:Tensor, place:Tensor, stats:Tensor, kernel:list[int], stride:list[int], padding:list[int],
                         eps:float, batch:bool, need_x:bool)->tuple[Tensor,Tensor]:
     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -236,7 +236,7 @@ def _recorded(m)->fx.Graph: # or None
 
 # %% ../nbs/14_fuse.ipynb #6ce33b8c
 _relus = {F.relu, F.relu_, torch.relu, torch.relu_, 'relu', 'relu_'}
-_adds = {operator.add, operator.iadd, torch.add, 'add', 'add_'}
+_adds = {python.add, python.iadd, torch.add, 'add', 'add_'}
 
 def _is(node, modules, kind, names)->bool:
     "Is a node a call of a module of this type, or of one of these functions?"
@@ -256,7 +256,7 @@ def _match(node, modules)->tuple: # nodes from the ReLU back to the BatchNorm, o
     if not isinstance(add, fx.Node) or not _is(add, modules, None, _adds) or len(add.users)>1 or len(add.args)!=2 or add.kwargs: return
     for bn,other in (add.args, add.args[::-1]):
         if _norm_of(bn, modules) and isinstance(other, fx.Node) and other is not bn: return node,add,bn
-        if add.target in (operator.iadd,'add_'): return   # `x += bn(y)` changes x
+        if add.target in (python.iadd,'add_'): return   # `x += bn(y)` changes x
 
 # %% ../nbs/14_fuse.ipynb #f83f983b
 def _put(graph, nodes, relu):
