@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'DATA_SETS', 'Parser', 'fail', 'near', 'train_parser', 'options_to_config', 'default_out', 'continued',
-           'train_command', 'show_command', 'export_command', 'main']
+           'train_command', 'show_command', 'export_command', 'bench_command', 'main']
 
 # %% ../nbs/22_cli.ipynb #8fbc1a96
 import argparse, os, shutil, sys, textwrap
@@ -287,13 +287,43 @@ def export_command(
           f"  model.load_state_dict(torch.load({str(out)!r}, weights_only=True))")
     return 0
 
+# %% ../nbs/22_cli.ipynb #9d1ef9c7
+def _bench_parser(name, options, about):
+    "The parser of one of bench's commands"
+    p = Parser(prog=f'dsb bench {name}', description=about, argument_default=argparse.SUPPRESS, usage=f'dsb bench {name} [options]', formatter_class=_Help)
+    for names, keywords, default, quick, text in options:
+        shown = _shown_default(names, default, text, '')
+        if shown and quick != default: shown = f'{shown[:-1]}; {quick} with --quick)'
+        p.add_argument(*names, help=text + shown, **keywords)
+    return p
+
+def bench_command(
+    argv:list, # the words after `dsb bench`
+)->int:        # exit status
+    "Time layers or whole training steps"
+    from dsb.bench import JOBS
+    if not argv or argv[0] in ('-h', '--help'):
+        print('usage: dsb bench COMMAND [options]\n\n' + '\n'.join(f'  dsb bench {n:<8} {about}' for n, (_, _, about) in JOBS.items()) + '\n\ndsb bench COMMAND --help says more')
+        return 0
+    if argv[0] not in JOBS: fail(f"unknown command 'bench {argv[0]}': expected bench {' or bench '.join(JOBS)}{near(argv[0], JOBS)}")
+    job, options, about = JOBS[argv[0]]
+    given = vars(_parse(_bench_parser(argv[0], options, about), argv[1:]))
+    try: run = job(given)
+    except ValueError as e: fail(e)
+    try: run()
+    except KeyboardInterrupt:
+        print('\nstopped, nothing was written', file=sys.stderr)
+        return 130
+    return 0
+
 # %% ../nbs/22_cli.ipynb #25528c1c
 def _commands():
     "name -> (function of the remaining words, what it does)"
     return dict(
         train=(lambda argv: train_command(argv, prog='dsb train'), 'train a network, or continue a run; the same as main.py'),
         show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
-        export=(export_command, 'write the best weights of a run for ordinary dense layers'))
+        export=(export_command, 'write the best weights of a run for ordinary dense layers'),
+        bench=(bench_command, 'time layers or whole training steps against dense'))
 
 def main(
     argv:list=None, # words after `dsb`; None: those of this process

@@ -1,0 +1,134 @@
+"dsb bench: small runs from end to end, what they write, and what is refused before anything is measured"
+import json, re
+import pytest
+import torch
+from dsb.cli import main
+
+LAYERS = 'bench layers --batch 2 --repeats 1 --no_compile'.split()
+STEP = 'bench step --model wrn-10-1 --distribution uniform --density .2 --batch 2 --repeats 1 --no_compile'.split()
+
+def bench(capsys, tmp_path, words):
+    "(what was printed, what was written) by a run that must succeed"
+    assert main([*words, '--json', str(tmp_path/'out.json')]) == 0
+    printed = capsys.readouterr().out
+    assert [o.name for o in tmp_path.iterdir() if o.suffix != '.png'] == ['out.json']
+    return printed, json.loads((tmp_path/'out.json').read_text())
+
+def refused(capsys, words):
+    "The one line on stderr with which a wrong argument ends"
+    with pytest.raises(SystemExit) as e: main(words)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == ''
+    assert err.count('\n') == 1 and err.startswith('dsb: error: '), err
+    return err
+
+def check_report(report):
+    m = report['machine']
+    assert m['processor'] and m['torch'] == torch.__version__ and m['threads'] >= 1 and m['cores'] >= 1
+    assert {'python', 'dsb', 'date', 'load', 'huge_pages', 'memory_kept', 'peak_gflops', 'peak_gflops_end'} <= set(m)
+    assert any('torch.compile' in n for n in report['notes'])
+
+def test_layers(capsys, tmp_path):
+    words = [*LAYERS, '--layers', '3x3:16@4,1x1:16x24@5/2n1,linear:32x16', '--density', '.2,.5', '--format', 'both', '--plot', str(tmp_path/'p.png')]
+    printed, report = bench(capsys, tmp_path, words)
+    check_report(report)
+    rows = report['results']
+    assert len(rows) == (2 + 2 + 1)*2*4 and (tmp_path/'p.png').read_bytes()[:4] == b'\x89PNG'
+    for r in rows:
+        assert r['q1'] <= r['ms'] <= r['q3'] and r['ms'] > 0 and r['n'] >= 1 and 0 < r['density'] <= 1
+        assert r['gflops'] == pytest.approx(r['flops']/r['ms']/1e6)
+        assert r['share'] is None or r['share'] == pytest.approx(r['gflops']/r['peak_gflops'])
+        assert r['dense_ms'] == min(d['ms'] for d in r['dense'].values()) == r['dense'][r['best_dense']]['ms']
+        assert r['ratio'] == pytest.approx(r['dense_ms']/r['ms']) and r['ratio_over_flops'] == pytest.approx(r['ratio']*r['density'])
+        for p in r['peers'].values(): assert p['ratio'] == pytest.approx(p['ms']/r['ms'])
+        assert 'plain' in r['peers'] and ('bsr' in r['peers']) == (r['product'] == 'forward' and r['layer'] != '1x1:16x24@5/2n1')
+    lines = [l for l in printed.splitlines() if re.match(r'\dx\d:|linear:', l)]
+    assert len(lines) == len(rows)
+    for line, r in zip(lines, rows): assert line.startswith(r['layer']) and r['product'] in line and r['best_dense'] in line and ('nchw ' in line or r['format'] != 'nchw')
+
+def test_work_is_counted_by_hand(capsys, tmp_path):
+    rows = bench(capsys, tmp_path, [*LAYERS, '--layers', '3x3:16@4', '--block_size', '8', '--density', '1'])[1]['results']
+    assert [r['flops'] for r in rows] == [2*16*144*2*16]*3 + [4*16*144*2*16]
+    assert [r['density'] for r in rows] == [1]*4
+
+def test_step(capsys, tmp_path):
+    words = [*STEP, '--distribution', 'uniform,erk', '--density', '.2,.4', '--format', 'both', '--plot', str(tmp_path/'p.png')]
+    printed, report = bench(capsys, tmp_path, words)
+    check_report(report)
+    r, = report['results']
+    assert set(r['dense']) == {'nchw', 'channels_last', 'fused'} and (tmp_path/'p.png').exists()
+    assert r['dense_ms'] == min(r['dense'][m]['ms'] for m in ('nchw', 'channels_last')) and 0 < r['conv_share'] < 1
+    assert [(s['distribution'], s['density'], s['format']) for s in r['sparse']] == [(d, x, f) for d in ('uniform', 'erk') for x in (.2, .4) for f in ('nchw', 'channels_last')]
+    for s in r['sparse']:
+        assert s['q1'] <= s['ms'] <= s['q3'] and s['n'] == 2 and s['faults'] >= 0
+        assert s['ratio'] == pytest.approx(r['dense_ms']/s['ms']) and s['of_bound'] == pytest.approx(s['ratio']/s['bound_ratio'])
+        assert s['bound_ms'] == pytest.approx(r['dense'][r['best_eager']]['ms']*(1 - r['conv_share']*(1 - s['flop_share'])))
+        assert sum(s['shares'].values()) == pytest.approx(1) and s['shares']['sparse kernels'] > 0
+        assert f"{s['ms']:.1f}" in printed
+    uniform, erk = (next(s['flop_share'] for s in r['sparse'] if s['distribution'] == d) for d in ('uniform', 'erk'))
+    assert .2 < uniform < .5 and erk > uniform       # small layers, which do much of the work, stay denser
+
+def test_step_plain(capsys, tmp_path):
+    printed, report = bench(capsys, tmp_path, [*STEP, '--no_fuse'])
+    assert 'fused' not in printed and set(report['results'][0]['dense']) == {'nchw', 'channels_last'}
+    assert report['results'][0]['sparse'][0]['shares']['normalisation'] > 0
+
+def test_threads_are_given_back(capsys, tmp_path):
+    before = torch.get_num_threads()
+    assert bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16', '--threads', '1'])[1]['machine']['threads'] == 1
+    assert torch.get_num_threads() == before
+
+def test_compile_that_fails(capsys, tmp_path, monkeypatch):
+    "The reason is said, and the rest is measured"
+    def broken(f): raise RuntimeError('no compiler\nfor this')
+    monkeypatch.setattr(torch, 'compile', lambda f: lambda *args: broken(f))
+    printed, report = bench(capsys, tmp_path, STEP[:-1])
+    assert 'note: wrn-10-1: dense compiled was left out: RuntimeError: no compiler for this' in printed
+    assert 'compiled' not in report['results'][0]['dense']
+    printed, report = bench(capsys, tmp_path, [*LAYERS[:-1], '--layers', 'linear:16x16'])
+    assert 'linear:16x16: dense compiled forward was left out: RuntimeError: no compiler for this' in printed and len(report['results']) == 4
+
+def test_without_a_peak(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr('dsb.bench._peak_library', lambda: None)
+    printed, report = bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16'])
+    assert 'no register peak' in printed and {r['share'] for r in report['results']} == {None}
+
+@pytest.mark.parametrize('words, says', [
+    ('bench fast', "unknown command 'bench fast': expected bench layers or bench step"),
+    ('bench layers --layers 3x3:64', "layer '3x3:64': expected KxK:CHANNELS@SIZE"),
+    ('bench layers --layers 3x3:8@4', 'choose a smaller --block_size'),
+    ('bench layers --layers 5x3:32@0', "layer '5x3:32@0': expected"),
+    ('bench layers --batch 0', 'batch=0: expected a whole number, at least 1'),
+    ('bench layers --batch few', "argument --batch: invalid int value: 'few'"),
+    ('bench layers --threads -1', 'threads=-1: expected'),
+    ('bench layers --block_size 0', 'block_size=0: expected'),
+    ('bench step --repeats 0', 'repeats=0: expected'),
+    ('bench step --density 10', "density='10': expected shares of active weights in (0, 1]"),
+    ('bench step --density .1,', "density='.1,': expected"),
+    ('bench step --density .001', 'wrn-22-2, uniform, density 0.001: '),
+    ('bench step --distribution rek', "distribution='rek': expected uniform, er or erk"),
+    ('bench step --format nhwc', "format='nhwc': expected nchw, channels_last or both"),
+    ('bench step --model wrn-23-2', 'did you mean wrn-22-2?'),
+    ('bench step --modle vgg-d', 'unknown option --modle; did you mean --model?'),
+    ('bench step --layers 3x3:64@8', 'unknown option --layers'),
+    ('bench layers --json /proc/dsb.json', 'cannot write to --json /proc/dsb.json: '),
+    ('bench layers --plot picture.txt', 'cannot write to --plot picture.txt: expected a name that ends in .png'),
+])
+def test_refused(words, says, capsys):
+    assert says in refused(capsys, words.split())
+
+def test_refused_files(capsys, tmp_path):
+    assert 'it is a folder' in refused(capsys, [*LAYERS, '--json', str(tmp_path)])
+    assert 'choose a file in a folder that can be written to' in refused(capsys, [*LAYERS, '--json', str(tmp_path/'no/where.json')])
+
+def test_interrupted(capsys, tmp_path, monkeypatch):
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('dsb.bench.measure_layer', stop)
+    assert main([*LAYERS, '--json', str(tmp_path/'a.json')]) == 130
+    assert not list(tmp_path.iterdir()) and 'nothing was written' in capsys.readouterr().err
+
+def test_help(capsys):
+    for words in (['bench'], ['bench', 'layers', '--help'], ['bench', 'step', '-h']):
+        try: assert main(words) == 0
+        except SystemExit as e: assert e.code == 0
+        assert 'usage: dsb bench' in capsys.readouterr().out
