@@ -14,9 +14,12 @@ from .cpu import _cpp_vectors, _cpp_stream
 
 # %% ../../nbs/08_norm.ipynb #b76f79e8
 _cpp_lanes = r'''
-INL vec loadn(const float* p, int n){ if(n==V) return load(p); vec v={}; memcpy(&v, p, 4*n); return v; }
-INL void storen(float* p, vec v, int n){ if(n==V) store(p, v); else memcpy(p, &v, 4*n); }
-template<class F> INL void chunks(int C, F f){ int c=0; for(; c+V<=C; c+=V) f(c, (int)V); if(c<C) f(c, C-c); }
+struct Full { constexpr operator int() const { return V; } };   // a whole vector, known to the compiler
+INL vec loadn(const float* p, Full){ return load(p); }
+INL vec loadn(const float* p, int n){ vec v={}; memcpy(&v, p, 4*n); return v; }
+INL void storen(float* p, vec v, Full){ store(p, v); }
+INL void storen(float* p, vec v, int n){ memcpy(p, &v, 4*n); }
+template<class F> INL void chunks(int C, F f){ int c=0; for(; c+V<=C; c+=V) f(c, Full()); if(c<C) f(c, C-c); }
 '''
 
 # %% ../../nbs/08_norm.ipynb #0f76467b
@@ -32,7 +35,7 @@ template<class F> INL void blocks(long p0, long p1, long n, bool back, F f){   /
   for(long i=0; i<k; i++){ const long q=p0+n*(back ? k-1-i : i); f(q, std::min(p1, q+n)); } }
 template<class F> INL void rows(long P, int C, int T, bool back, F f){
   parts(P, T, [&](int, long p0, long p1){ blocks(p0, p1, 64, back, [&](long a, long b){
-    for(long p=a; p<b; p++) chunks(C, [&](int c, int n){ f(p*C+c, c, n); }); }); }); }
+    for(long p=a; p<b; p++) chunks(C, [&](int c, auto n){ f(p*C+c, c, n); }); }); }); }
 '''
 
 # %% ../../nbs/08_norm.ipynb #aeae181c
@@ -44,7 +47,7 @@ template<class F> INL void sums(long P, int C, int T, bool back, double* total, 
     double* s=&part[2L*t*C];
     blocks(p0, p1, 1024, back, [&](long q, long end){
       std::fill(acc.begin(), acc.end(), 0.f);
-      for(long p=q; p<end; p+=8) chunks(C, [&](int c, int n){
+      for(long p=q; p<end; p+=8) chunks(C, [&](int c, auto n){
         vec a=loadn(&acc[c], n), b=loadn(&acc[C+c], n);
         if(p+8<=end){ UNROLL for(int r=0; r<8; r++) f((p+r)*C+c, c, n, a, b); }
         else for(long r=p; r<end; r++) f(r*C+c, c, n, a, b);
@@ -59,7 +62,7 @@ _cpp_forward = r'''
 extern "C" void dsb_norm_stats(const float* x, long P, int C, float* stats, int threads){
   std::vector<double> s(2*C);
   float *mean=stats, *var=stats+C;
-  sums(P, C, team(P*C,threads), true, s.data(), [=](long i, int c, int n, vec& a, vec& b){ vec d=loadn(x+i,n)-loadn(x+c,n); a+=d; b+=d*d; });
+  sums(P, C, team(P*C,threads), true, s.data(), [=](long i, int c, auto n, vec& a, vec& b){ vec d=loadn(x+i,n)-loadn(x+c,n); a+=d; b+=d*d; });
   for(int c=0; c<C; c++){ double m=s[c]/P, v=s[C+c]/P-m*m; mean[c]=x[c]+m; var[c] = v<0 ? 0 : v; } }
 extern "C" void dsb_norm_scale(const float* weight, const float* bias, float eps, int C, float* stats){
   for(int c=0; c<C; c++){
@@ -67,7 +70,7 @@ extern "C" void dsb_norm_scale(const float* weight, const float* bias, float eps
     stats[2*C+c]=s; stats[3*C+c]=(bias ? bias[c] : 0)-stats[c]*s; } }
 extern "C" void dsb_norm(const float* x, const float* residual, long P, int C, const float* scale, const float* shift,
                          int relu, float* y, int threads){
-  rows(P, C, team(P*C,threads), false, [=](long i, int c, int n){
+  rows(P, C, team(P*C,threads), false, [=](long i, int c, auto n){
     vec z=loadn(x+i,n)*loadn(scale+c,n)+loadn(shift+c,n);
     if(residual) z+=loadn(residual+i,n);
     storen(y+i, relu ? positive(z) : z, n); }); }
@@ -76,14 +79,14 @@ extern "C" void dsb_norm(const float* x, const float* residual, long P, int C, c
 # %% ../../nbs/08_norm.ipynb #4c26b178
 _cpp_backward = r'''
 template<class F> static void with_gradient(const float* x, const float* y, const float* dy, const float* scale, const float* shift, int relu, F f){
-  if(!relu)  f([=](long i, int c, int n){ return loadn(dy+i,n); });
-  else if(y) f([=](long i, int c, int n){ return where_positive(loadn(y+i,n), loadn(dy+i,n)); });
-  else       f([=](long i, int c, int n){ return where_positive(loadn(x+i,n)*loadn(scale+c,n)+loadn(shift+c,n), loadn(dy+i,n)); }); }
+  if(!relu)  f([=](long i, int c, auto n){ return loadn(dy+i,n); });
+  else if(y) f([=](long i, int c, auto n){ return where_positive(loadn(y+i,n), loadn(dy+i,n)); });
+  else       f([=](long i, int c, auto n){ return where_positive(loadn(x+i,n)*loadn(scale+c,n)+loadn(shift+c,n), loadn(dy+i,n)); }); }
 extern "C" void dsb_norm_sums(const float* x, const float* y, const float* dy, long P, int C, const float* mean, const float* scale,
                               const float* shift, int relu, float* out, int threads){   // of δ, then of δ(x-μ)
   std::vector<double> s(2*C);
   with_gradient(x, y, dy, scale, shift, relu, [&](auto delta){ sums(P, C, team(P*C,threads), false, s.data(),
-    [=](long i, int c, int n, vec& a, vec& b){ vec d=delta(i,c,n); a+=d; b+=d*(loadn(x+i,n)-loadn(mean+c,n)); }); });
+    [=](long i, int c, auto n, vec& a, vec& b){ vec d=delta(i,c,n); a+=d; b+=d*(loadn(x+i,n)-loadn(mean+c,n)); }); });
   for(int c=0; c<C; c++){ out[c]=s[c]; out[C+c]=s[C+c]; } }
 struct Fix { std::vector<float> a, b;                         // x' = scale·δ + a·(x-mean) + b
   Fix(const float* stats, const float* sums, float eps, long P, int C, int batch, float* grads): a(C), b(C) {
@@ -96,7 +99,7 @@ extern "C" void dsb_norm_back(const float* x, const float* y, const float* dy, l
   const Fix fix(stats, sums, eps, P, C, batch, grads);
   if(!dx && !dr) return;
   const float *mean=stats, *scale=stats+2*C, *shift=stats+3*C, *a=fix.a.data(), *b=fix.b.data();
-  with_gradient(x, y, dy, scale, shift, relu, [&](auto delta){ rows(P, C, team(P*C,threads), true, [=](long i, int c, int n){
+  with_gradient(x, y, dy, scale, shift, relu, [&](auto delta){ rows(P, C, team(P*C,threads), true, [=](long i, int c, auto n){
     vec d=delta(i,c,n);
     if(dr) storen(dr+i, d, n);
     if(dx) storen(dx+i, loadn(scale+c,n)*d+loadn(a+c,n)*(loadn(x+i,n)-loadn(mean+c,n))+loadn(b+c,n), n); }); }); }
@@ -110,14 +113,14 @@ _cpp_pool = f'''
 struct Pool {{ int {", ".join(_pool)}; }};
 ''' + r'''
 typedef uint8_t bvec __attribute__((vector_size(V)));
-INL ivec loadb(const uint8_t* p, int n){ bvec b={}; memcpy(&b, p, n); return __builtin_convertvector(b, ivec); }
-INL void storeb(uint8_t* p, ivec v, int n){ bvec b=__builtin_convertvector(v, bvec); memcpy(p, &b, n); }
+template<class N> INL ivec loadb(const uint8_t* p, N n){ bvec b={}; memcpy(&b, p, n); return __builtin_convertvector(b, ivec); }
+template<class N> INL void storeb(uint8_t* p, ivec v, N n){ bvec b=__builtin_convertvector(v, bvec); memcpy(p, &b, n); }
 extern "C" void dsb_norm_pool(const Pool* g, const float* x, const float* scale, const float* shift, float* y, uint8_t* place, int threads){
   const long R=(long)g->N*g->Ho;
   parts(R, team(R*g->Wo*g->C,threads), [=](int, long r0, long r1){ for(long r=r0; r<r1; r++) for(int w=0; w<g->Wo; w++){
     const int h=r%g->Ho*g->sh-g->ph, v=w*g->sw-g->pw;         // the window's first row and column
     const float* xi=x+r/g->Ho*g->H*g->W*g->C;
-    chunks(g->C, [&](int c, int n){
+    chunks(g->C, [&](int c, auto n){
       const vec s=loadn(scale+c,n), t=loadn(shift+c,n);
       vec best={}; ivec at=ivec{}+255;
       for(int a=std::max(0,-h); a<g->kh && h+a<g->H; a++) for(int b=std::max(0,-v); b<g->kw && v+b<g->W; b++){
@@ -131,20 +134,32 @@ extern "C" void dsb_norm_pool(const Pool* g, const float* x, const float* scale,
 # %% ../../nbs/08_norm.ipynb #ae3cddd6
 _cpp_pool_backward = r'''
 struct Window { long at; int place; };                        // first channel of an output pixel; where in its window we are
-template<class F> INL void pool_rows(const Pool& g, const float* dy, const uint8_t* place, long r0, long r1, F f){
+template<int M, class F> INL void pool_pixel(int C, const Window* windows, const float* dy, const uint8_t* place, F f){   // M windows
+  const float* y[M]; const uint8_t* p[M]; ivec at[M];
+  UNROLL for(int i=0; i<M; i++){ y[i]=dy+windows[i].at; p[i]=place+windows[i].at; at[i]=ivec{}+windows[i].place; }
+  chunks(C, [&](int c, auto n){
+    vec d={};
+    UNROLL for(int i=0; i<M; i++) d += loadb(p[i]+c,n)==at[i] ? loadn(y[i]+c,n) : vec{};
+    f(c, n, d); }); }
+template<class F> INL void pool_rows(const Pool g, const float* dy, const uint8_t* place, long r0, long r1, F f){
   std::vector<Window> windows(g.kh*g.kw);
+  Window* const u=windows.data();
   for(long r=r0; r<r1; r++){
     const int h=r%g.H+g.ph, a0=std::max(0,(h-g.kh+g.sh)/g.sh), a1=std::min(g.Ho-1,h/g.sh);
     const long image=r/g.H*g.Ho;
     for(int w=g.pw; w<g.W+g.pw; w++){
       const int b0=std::max(0,(w-g.kw+g.sw)/g.sw), b1=std::min(g.Wo-1,w/g.sw);
       int m=0;
-      for(int a=a0; a<=a1; a++) for(int b=b0; b<=b1; b++) windows[m++]={((image+a)*g.Wo+b)*g.C, (h-a*g.sh)*g.kw+w-b*g.sw};
-      const Window* const u=windows.data();
-      chunks(g.C, [&](int c, int n){
+      for(int a=a0; a<=a1; a++) for(int b=b0; b<=b1; b++) u[m++]={((image+a)*g.Wo+b)*g.C, (h-a*g.sh)*g.kw+w-b*g.sw};
+      const long i=(r*g.W+w-g.pw)*g.C;
+      auto put = [&](int c, auto n, vec d){ f(i+c, c, n, d); };
+      if(m==1) pool_pixel<1>(g.C, u, dy, place, put);
+      else if(m==2) pool_pixel<2>(g.C, u, dy, place, put);
+      else if(m==4) pool_pixel<4>(g.C, u, dy, place, put);
+      else chunks(g.C, [&](int c, auto n){
         vec d={};
-        for(int i=0; i<m; i++) d += loadb(place+u[i].at+c,n)==ivec{}+u[i].place ? loadn(dy+u[i].at+c,n) : vec{};
-        f((r*g.W+w-g.pw)*g.C+c, c, n, d); }); } } }
+        for(int j=0; j<m; j++) d += loadb(place+u[j].at+c,n)==ivec{}+u[j].place ? loadn(dy+u[j].at+c,n) : vec{};
+        put(c, n, d); }); } } }
 extern "C" void dsb_pool_lookup(const Pool* g, const float* dy, const uint8_t* place, const float* x, const float* mean, int c, float* second){
   double s=0;                                                 // the second sum of one channel
   for(long o=0; o<(long)g->N*g->Ho*g->Wo; o++){
@@ -160,7 +175,7 @@ extern "C" void dsb_pool_back(const Pool* g, const float* dy, const uint8_t* pla
   if(!dx) return;
   const float *mean=stats, *scale=stats+2*C, *a=fix.a.data(), *b=fix.b.data();
   parts(R, team(R*g->W*C,threads), [=](int, long r0, long r1){ blocks(r0, r1, 1, true, [=](long p, long q){
-    pool_rows(*g, dy, place, p, q, [=](long i, int c, int n, vec d){
+    pool_rows(*g, dy, place, p, q, [=](long i, int c, auto n, vec d){
       storen(dx+i, loadn(scale+c,n)*d+loadn(a+c,n)*(loadn(x+i,n)-loadn(mean+c,n))+loadn(b+c,n), n); }); }); }); }
 '''
 
