@@ -5,7 +5,8 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
-           'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'tune']
+           'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'fuse',
+           'unfuse', 'tune']
 
 # %% ../nbs/24_init.ipynb #1110a1fa
 from .structure import Structure, ShuffledBlocks, Unstructured
@@ -16,8 +17,9 @@ from .ops import backend, backends
 from .layers import SparseLinear, SparseConv2d
 from .sparsify import sparsify, densify, summary, sparse_layers
 from .topology import Updater
+from .fuse import fuse, unfuse
 from .tune import tune
 
 # %% ../nbs/24_init.ipynb #07bce986
 _all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
-         'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'tune']
+         'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'fuse', 'unfuse', 'tune']

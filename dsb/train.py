@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .data import DataError, dataset_info, load_data
 from .density import one_of
+from .fuse import fuse
 from .models import create_model, model_channels
 from .sparsify import sparse_layers, sparsify, summary
 from .topology import Updater, pack_mask, unpack_mask
@@ -363,6 +364,7 @@ def _build(self:Trainer):
     c, last = self.config, self.config.channels_last
     self.format = torch.channels_last if (self.device.type == 'cpu' if last is None else last) else torch.contiguous_format
     self.model = build_model(c, self.shape).to(self.device, memory_format=self.format)
+    if self.device.type == 'cpu': fuse(self.model)
     self.opt = torch.optim.SGD(self.model.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
     g = torch.Generator().manual_seed(c.seed)
     self.upd = None if c.method == 'dense' else Updater(
