@@ -207,6 +207,7 @@ static void unpack_cl(const float* d, long plane, const View& v, const std::vect
 _cpp_delta = r'''
 static void unpack_delta(const float* d, long plane, const View& v, const std::vector<Seg>& segs, float* out, const float* x,
                          const Affine& f, float* sums){       // sums: of δ, then of δ(x-μ)
+  const bool far = v.far && (uintptr_t)out%(4*V)==0;
   lanes(out, v, segs, [&](const Grid& g, long dst){
     for(int c=0; c<v.C; c+=V){
       const Grid from=planes((float*)d+dst+c*plane, plane), to=g.plus(c);
@@ -214,7 +215,7 @@ static void unpack_delta(const float* d, long plane, const View& v, const std::v
       vec a=load(sums+c), b=load(sums+v.C+c);
       transpose(from, [&](int i, vec o){
         const vec w=load(x+(to(i)-out)), e=where_positive(w*s+t, o);
-        a+=e; b+=e*(w-m); store(to(i), e); });
+        a+=e; b+=e*(w-m); if(far) stream(to(i), e); else store(to(i), e); });
       store(sums+c, a); store(sums+v.C+c, b); } },
   [&](float** p, int n, long dst){ for(int t=0; t<n; t++) if(p[t]) for(int c=0; c<v.C; c++){
     const float w=x[p[t]-out+c], e = w*f.scale[c]+f.shift[c]<=0 ? 0 : d[dst+c*plane+t];

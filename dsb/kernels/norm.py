@@ -113,8 +113,23 @@ _cpp_pool = f'''
 struct Pool {{ int {", ".join(_pool)}; }};
 ''' + r'''
 typedef uint8_t bvec __attribute__((vector_size(V)));
-template<class N> INL ivec loadb(const uint8_t* p, N n){ bvec b={}; memcpy(&b, p, n); return __builtin_convertvector(b, ivec); }
-template<class N> INL void storeb(uint8_t* p, ivec v, N n){ bvec b=__builtin_convertvector(v, bvec); memcpy(p, &b, n); }
+template<class N> INL ivec loadb(const uint8_t* p, N n){      // a byte for each lane
+  bvec b={}; memcpy(&b, p, n);
+#if defined(__AVX512F__)
+  return (ivec)_mm512_cvtepu8_epi32((__m128i)b);
+#elif defined(__AVX2__)
+  return (ivec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)b));
+#else
+  return __builtin_convertvector(b, ivec);
+#endif
+}
+template<class N> INL void storeb(uint8_t* p, ivec v, N n){
+#if defined(__AVX512F__)
+  bvec b=(bvec)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  bvec b=__builtin_convertvector(v, bvec);
+#endif
+  memcpy(p, &b, n); }
 extern "C" void dsb_norm_pool(const Pool* g, const float* x, const float* scale, const float* shift, float* y, uint8_t* place, int threads){
   const long R=(long)g->N*g->Ho;
   parts(R, team(R*g->Wo*g->C,threads), [=](int, long r0, long r1){ for(long r=r0; r<r1; r++) for(int w=0; w<g->Wo; w++){
@@ -137,7 +152,7 @@ struct Window { long at; int place; };                        // first channel o
 template<int M, class F> INL void pool_pixel(int C, const Window* windows, const float* dy, const uint8_t* place, F f){   // M windows
   const float* y[M]; const uint8_t* p[M]; ivec at[M];
   UNROLL for(int i=0; i<M; i++){ y[i]=dy+windows[i].at; p[i]=place+windows[i].at; at[i]=ivec{}+windows[i].place; }
-  chunks(C, [&](int c, auto n){
+  chunks(C, [&](int c, auto n) {
     vec d={};
     UNROLL for(int i=0; i<M; i++) d += loadb(p[i]+c,n)==at[i] ? loadn(y[i]+c,n) : vec{};
     f(c, n, d); }); }
@@ -152,11 +167,11 @@ template<class F> INL void pool_rows(const Pool g, const float* dy, const uint8_
       int m=0;
       for(int a=a0; a<=a1; a++) for(int b=b0; b<=b1; b++) u[m++]={((image+a)*g.Wo+b)*g.C, (h-a*g.sh)*g.kw+w-b*g.sw};
       const long i=(r*g.W+w-g.pw)*g.C;
-      auto put = [&](int c, auto n, vec d){ f(i+c, c, n, d); };
+      auto put = [&](int c, auto n, vec d) { f(i+c, c, n, d); };
       if(m==1) pool_pixel<1>(g.C, u, dy, place, put);
       else if(m==2) pool_pixel<2>(g.C, u, dy, place, put);
       else if(m==4) pool_pixel<4>(g.C, u, dy, place, put);
-      else chunks(g.C, [&](int c, auto n){
+      else chunks(g.C, [&](int c, auto n) {
         vec d={};
         for(int j=0; j<m; j++) d += loadb(place+u[j].at+c,n)==ivec{}+u[j].place ? loadn(dy+u[j].at+c,n) : vec{};
         put(c, n, d); }); } } }
@@ -175,7 +190,7 @@ extern "C" void dsb_pool_back(const Pool* g, const float* dy, const uint8_t* pla
   if(!dx) return;
   const float *mean=stats, *scale=stats+2*C, *a=fix.a.data(), *b=fix.b.data();
   parts(R, team(R*g->W*C,threads), [=](int, long r0, long r1){ blocks(r0, r1, 1, true, [=](long p, long q){
-    pool_rows(*g, dy, place, p, q, [=](long i, int c, auto n, vec d){
+    pool_rows(*g, dy, place, p, q, [=](long i, int c, auto n, vec d) {
       storen(dx+i, loadn(scale+c,n)*d+loadn(a+c,n)*(loadn(x+i,n)-loadn(mean+c,n))+loadn(b+c,n), n); }); }); }); }
 '''
 
