@@ -10,7 +10,7 @@ __all__ = ['PRODUCTS', 'LAYER_OPTIONS', 'STEP_OPTIONS', 'JOBS', 'interleave', 's
            'sparse_plans', 'step_functions', 'step_record', 'measure_step', 'step_table', 'steps_table', 'plot_layers',
            'plot_steps', 'filled', 'numbers', 'words', 'writable', 'checked', 'run_bench', 'layers_job', 'step_job']
 
-# %% ../nbs/20_bench.ipynb #c2d0770d
+# %% ../nbs/20_bench.ipynb #3ccb471f
 import json, os, platform, re, sys, tempfile, time, warnings
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from .sparsify import sparsify
 from .structure import ShuffledBlocks
 from .tune import tune, tuned
 
-# %% ../nbs/20_bench.ipynb #41981377
+# %% ../nbs/20_bench.ipynb #71c89110
 def interleave(
     fns:dict,    # name -> function of no arguments
     repeats:int, # rounds; in each, every function has one turn
@@ -50,7 +50,7 @@ def interleave(
                 before = meter(); f(); seen[k].append(meter() - before)
     return seen
 
-# %% ../nbs/20_bench.ipynb #3512a66d
+# %% ../nbs/20_bench.ipynb #8068b0e5
 def spread(
     seconds, # measured times
 )->dict: # median `ms`, quartiles `q1` and `q3` in milliseconds, how many `n`
@@ -66,14 +66,14 @@ def calls_for(
     "Calls that fill a turn"
     return max(1, min(most, int(turn/max(seconds, 1e-9))))
 
-# %% ../nbs/20_bench.ipynb #152dbec0
+# %% ../nbs/20_bench.ipynb #b960310a
 def meter(
 )->np.ndarray: # (2,) seconds, minor page faults
     "The clock and the page faults of this process"
     import resource
     return np.array([time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt])
 
-# %% ../nbs/20_bench.ipynb #ed6d75fc
+# %% ../nbs/20_bench.ipynb #323220f7
 _cpp_peak = _cpp_vectors + r'''
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { CHAINS=16 };
@@ -95,7 +95,7 @@ extern "C" double peak(int T, long n, float a){            // multiply-adds and 
 extern "C" int width(){ return 2*CHAINS*V; }
 '''
 
-# %% ../nbs/20_bench.ipynb #4a53774e
+# %% ../nbs/20_bench.ipynb #a23fdc61
 @cache
 def _peak_library():
     "The compiled loop, or None"
@@ -112,7 +112,7 @@ def fma_burst(
     lib, T = _peak_library(), torch.get_num_threads()
     return lib and (lambda: lib.peak(T, n, .5), T*n*lib.width())
 
-# %% ../nbs/20_bench.ipynb #312755ae
+# %% ../nbs/20_bench.ipynb #46c7e9d6
 def calibrate(
     times:int=15, # bursts
 )->float: # GFLOP/s, or None without a compiler
@@ -121,18 +121,18 @@ def calibrate(
     return burst[1]/1e6/spread(interleave(dict(peak=burst[0]), times)['peak'])['ms']
 
 def noise(
-    load:float,   # load average at the start
-    before:float, # `calibrate` at the start, or None
-    after:float,  # and at the end
+    load:float, # load average at the start
+    peaks:list, # register peaks at the start, during the run and at the end; None where there is no compiler
 )->list: # sentences; none if the machine was quiet
     "What speaks against a measurement"
     found = []
     if load > 1.5: found.append(f'the machine was busy: load average {load:.2f} at the start; repeat when nothing else runs')
-    if before and after and abs(after/before - 1) > .1:
-        found.append(f'the machine changed its speed: register peak {before:.0f} GFLOP/s at the start, {after:.0f} at the end; repeat with more --repeats')
+    peaks = [p for p in peaks if p] or [1]
+    if min(peaks) < .9*max(peaks):
+        found.append(f'the machine changed its speed: register peak between {min(peaks):.0f} and {max(peaks):.0f} GFLOP/s; repeat when nothing else runs')
     return found
 
-# %% ../nbs/20_bench.ipynb #becd07c6
+# %% ../nbs/20_bench.ipynb #1c935578
 def processor()->str:
     "Name of the processor, as the system tells it"
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -146,7 +146,7 @@ def huge_pages(
     "Does large memory come in huge pages?"
     return '[always]' in setting or ('[madvise]' in setting and 'glibc.malloc.hugetlb=1' in tunables.split(':'))
 
-# %% ../nbs/20_bench.ipynb #2f51de55
+# %% ../nbs/20_bench.ipynb #92bbff9b
 def machine()->dict: # everything JSON can hold
     "Where and with what this was measured"
     from datetime import datetime
@@ -158,16 +158,17 @@ def machine()->dict: # everything JSON can hold
                 torch=torch.__version__, dsb=__version__, huge_pages=huge_pages(setting, os.environ.get('GLIBC_TUNABLES', '')),
                 memory_kept=tuned(), load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0., date=datetime.now().isoformat(timespec='seconds'))
 
-# %% ../nbs/20_bench.ipynb #75fd1dcf
+# %% ../nbs/20_bench.ipynb #02275e3a
 def _table(rows):
     "Rows of strings as aligned lines"
     widths = [max(map(len, col)) for col in zip(*rows)]
     return '\n'.join('  '.join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(r, widths))).rstrip() for r in rows)
 
 def _times(x): return f'{x:.2f}×' if x < 9.995 else f'{x:.1f}×'
+def _say(text): print(text, file=sys.stderr, flush=True)     # progress
 def _ms(x): return f'{x:.3f}' if x < 1 else f'{x:.2f}' if x < 100 else f'{x:.1f}'
 
-# %% ../nbs/20_bench.ipynb #f253f63d
+# %% ../nbs/20_bench.ipynb #447bfd07
 class Layer(NamedTuple):
     "A layer to measure"
     text:str       # as it was written
@@ -183,7 +184,7 @@ class Layer(NamedTuple):
 
 _LAYER = re.compile(r'(?:(?P<kh>\d+)x(?P<kw>\d+):(?P<c>\d+)(?:x(?P<o>\d+))?@(?P<size>\d+)(?:/(?P<stride>\d+))?|linear:(?P<i>\d+)x(?P<f>\d+))(?:n(?P<n>\d+))?')
 
-# %% ../nbs/20_bench.ipynb #6006f957
+# %% ../nbs/20_bench.ipynb #eec9eab4
 def parse_layer(
     text:str,   # such as '3x3:128@8'
     batch:int,  # images, unless the text says
@@ -199,7 +200,7 @@ def parse_layer(
     if min(args.out_size(g['size'], g['size'])) < 1: raise ValueError(f"layer {text!r}: a {g['kh']}×{g['kw']} kernel has no place on a {g['size']}×{g['size']} map; use a larger map")
     return Layer(text, args, g['c'], g['o'] or g['c'], g['size'], n)
 
-# %% ../nbs/20_bench.ipynb #1fa4e665
+# %% ../nbs/20_bench.ipynb #b248e2c8
 def random_structure(
     O:int, K:int, # rows and columns
     B:int,        # block size
@@ -214,7 +215,7 @@ def random_structure(
     cols = torch.cat([torch.randperm(K, generator=generator)[:c*B] for c in counts])
     return ShuffledBlocks(rows, torch.tensor([0] + counts).cumsum(0)*B, cols, B, (O, K))
 
-# %% ../nbs/20_bench.ipynb #d22156a2
+# %% ../nbs/20_bench.ipynb #1ed1f405
 PRODUCTS = {'forward': None, 'input gradient': (True, False), 'weight gradient': (False, True), 'both gradients': (True, True)}
 
 def sparse_products(
@@ -229,7 +230,7 @@ def sparse_products(
     backward = lambda need: lambda: b(dy, x, values, *rest, *need)
     return {p: backward(need) if need else lambda: f(x, values, None, *rest) for p, need in PRODUCTS.items()}
 
-# %% ../nbs/20_bench.ipynb #ac0c521b
+# %% ../nbs/20_bench.ipynb #ab1ebe86
 def dense_products(
     layer:Layer, # what to compute
 )->dict: # product -> function of x, weight and gradient of the output
@@ -241,7 +242,7 @@ def dense_products(
     def conv(need): return lambda x, w, dy: torch.ops.aten.convolution_backward(dy, x, w, None, *a[1:4], False, [0, 0], a.groups, [*need, False])
     return {p: conv(need) if need else lambda x, w, dy: F.conv2d(x, w, None, *a[1:]) for p, need in PRODUCTS.items()}
 
-# %% ../nbs/20_bench.ipynb #44cca611
+# %% ../nbs/20_bench.ipynb #56c27d2b
 def bsr_weight(
     O:int, K:int, # rows and columns
     B:int,        # block size, must divide both
@@ -265,7 +266,7 @@ def bsr_forward(
     "The forward product with a BSR matrix, unfolding included"
     return W @ (x.T if layer.args is None else reference._patches(x, layer.args).reshape(layer.K, -1))
 
-# %% ../nbs/20_bench.ipynb #4702b231
+# %% ../nbs/20_bench.ipynb #49ecc19e
 _FORMATS = dict(nchw=torch.contiguous_format, channels_last=torch.channels_last)
 
 def _tensors(layer, s, fmt):
@@ -279,7 +280,7 @@ def _tensors(layer, s, fmt):
     fit = lambda t: t.contiguous(memory_format=_FORMATS[fmt])
     return fit(x), fit(dy), values, fit(w.view(layer.O, layer.I, *layer.args.kernel_size))
 
-# %% ../nbs/20_bench.ipynb #24f3f06d
+# %% ../nbs/20_bench.ipynb #3af6b4c5
 def contestants(
     layer:Layer,    # what to compute
     structures:dict, # density -> structure
@@ -295,13 +296,14 @@ def contestants(
         if not (layer.O % s.block_size or layer.K % s.block_size):
             W = bsr_weight(layer.O, layer.K, s.block_size, s.n_blocks, torch.Generator().manual_seed(0))
             fns['bsr', d, 'forward'] = lambda x=x, W=W: bsr_forward(layer, x, W)
+    if compiled: torch._dynamo.reset()
     for mode in (*modes, *['compiled']*compiled):
         x, dy, _, w = _tensors(layer, s, 'channels_last' if mode == 'compiled' else mode)
         for p, f in dense_products(layer).items():
-            fns['dense', mode, p] = lambda f=torch.compile(f) if mode == 'compiled' else f, x=x, dy=dy, w=w: f(x, w, dy)
+            fns['dense', mode, p] = lambda f=torch.compile(f, dynamic=False) if mode == 'compiled' else f, x=x, dy=dy, w=w: f(x, w, dy)
     return fns
 
-# %% ../nbs/20_bench.ipynb #4d82a5db
+# %% ../nbs/20_bench.ipynb #100c6870
 def warm_up(
     fns:dict, # name -> function
     clock=time.perf_counter, # tells seconds
@@ -315,7 +317,7 @@ def warm_up(
         except Exception as e: out[k] = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
     return calls, out
 
-# %% ../nbs/20_bench.ipynb #b06973de
+# %% ../nbs/20_bench.ipynb #e01f1eb9
 def layer_record(
     layer:Layer,   # what was computed
     s:ShuffledBlocks, # its structure
@@ -336,7 +338,7 @@ def layer_record(
     return dict(layer=layer.text, batch=layer.batch, product=product, density=s.density, **mine, flops=flops, gflops=rate, peak_gflops=peak,
                 share=peak and rate/peak, dense=dense, best_dense=best, dense_ms=dense[best]['ms'], ratio=ratio, ratio_over_flops=ratio*s.density, peers=peers)
 
-# %% ../nbs/20_bench.ipynb #dc537817
+# %% ../nbs/20_bench.ipynb #8615c0b1
 def measure_layer(
     layer:Layer,    # what to measure
     densities:list, # shares of active weights
@@ -356,7 +358,7 @@ def measure_layer(
     rows = [dict(format=fmt if layer.args else '', **layer_record(layer, s, d, p, times, burst and burst[1])) for d, s in structures.items() for p in PRODUCTS]
     return rows, [f'{layer.text}: {" ".join(map(str, k))} was left out: {why}' for k, why in out.items()]
 
-# %% ../nbs/20_bench.ipynb #7dfb563a
+# %% ../nbs/20_bench.ipynb #8e08bfd5
 def layers_table(
     rows:list, # records
 )->str:
@@ -368,7 +370,7 @@ def layers_table(
                       f"{r['share']:.2f}" if r['share'] else '—', _ms(r['dense_ms']), r['best_dense'], _times(r['ratio']), f"{r['ratio_over_flops']:.2f}", peer('bsr'), peer('plain')])
     return '\n'.join([_table(lines), '', 'ratio: best dense time over ours; × density: how much of 1/density that is; BSR, plain: their time over ours'])
 
-# %% ../nbs/20_bench.ipynb #afd1916c
+# %% ../nbs/20_bench.ipynb #23f74761
 def bench_model(
     name:str, # as in `create_model`
 )->nn.Module:
@@ -384,7 +386,7 @@ def ends(
     names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     return [names[0], names[-1]]
 
-# %% ../nbs/20_bench.ipynb #6b54d7a7
+# %% ../nbs/20_bench.ipynb #da0ed222
 class Step:
     "One training step on one batch at each call"
     def __init__(self,
@@ -397,13 +399,13 @@ class Step:
         self.x = torch.randn(batch, 3, 32, 32, generator=g).contiguous(memory_format=_FORMATS[fmt])
         self.y = torch.randint(0, 10, (batch,), generator=g)
         model = model.to(memory_format=_FORMATS[fmt])
-        self.model = torch.compile(model) if compiled else model
+        self.model = torch.compile(model, dynamic=False) if compiled else model
         self.opt = torch.optim.SGD(model.parameters(), lr=.001, momentum=.9)
     def __call__(self):
         F.cross_entropy(self.model(self.x), self.y).backward()
         self.opt.step(); self.opt.zero_grad()
 
-# %% ../nbs/20_bench.ipynb #d32aafcf
+# %% ../nbs/20_bench.ipynb #3750cedd
 def bound(
     ms:float,         # time of the dense step
     conv_share:float, # share of it in convolutions and linear layers
@@ -420,7 +422,7 @@ def flop_share(
     work = {n: m*(2 if i == 0 else 3) for i, (n, m) in enumerate(macs.items())}
     return sum(work[n]*densities[n] for n in work)/sum(work.values())
 
-# %% ../nbs/20_bench.ipynb #43aa4987
+# %% ../nbs/20_bench.ipynb #df4113c4
 _KINDS = (('sparse kernels', r'dsb\W*(norm_)?(conv|linear)|backwardfor_dsb_(norm_)?(conv|linear)'), ('normalisation', r'norm'), ('optimizer', r'optimizer'),
           ('activation', r'relu|threshold'), ('pooling', r'pool'), ('dense conv/linear', r'conv|linear|mm\b|mmbackward'))
 
@@ -435,7 +437,7 @@ def _own_kind(event):
     while event is not None and not (kind := kind_of(event.name)): event = event.cpu_parent
     return kind if event is not None else 'other'
 
-# %% ../nbs/20_bench.ipynb #9b54dd60
+# %% ../nbs/20_bench.ipynb #9789e190
 @contextmanager
 def _no_stderr():
     "Nothing that the process writes to stderr is seen, from C++ either"
@@ -447,20 +449,24 @@ def _no_stderr():
     finally: os.dup2(kept, 2); os.close(kept)
 
 def shares(
-    step, # a function of no arguments
+    step,        # a function of no arguments
+    times:int=3, # calls to look at, after one that warms up
 )->dict: # kind -> share of the time, largest first
-    "What kinds of work a step spends its time on"
+    "What kinds of work a step spends its time on, medians over several calls"
     from torch.profiler import ProfilerActivity, profile, record_function
+    spent = []
     step()
-    with _no_stderr(), profile(activities=[ProfilerActivity.CPU]) as p:
-        with record_function('step'): step()
-    spent = {}
-    for e in p.events():
-        k = _own_kind(e)
-        spent[k] = spent.get(k, 0) + e.self_cpu_time_total
-    return {k: v/sum(spent.values()) for k, v in sorted(spent.items(), key=lambda o: -o[1])}
+    for _ in range(times):
+        with _no_stderr(), profile(activities=[ProfilerActivity.CPU]) as p:
+            with record_function('step'): step()
+        spent.append({})
+        for e in p.events():
+            k = _own_kind(e)
+            spent[-1][k] = spent[-1].get(k, 0) + e.self_cpu_time_total
+    mid = {k: float(np.median([s.get(k, 0) for s in spent])) for k in spent[0]}
+    return {k: v/sum(mid.values()) for k, v in sorted(mid.items(), key=lambda o: -o[1])}
 
-# %% ../nbs/20_bench.ipynb #e9fc99e8
+# %% ../nbs/20_bench.ipynb #3e3af4ee
 def sparse_plans(
     name:str,            # of a network
     distributions:list,  # 'uniform', 'er', 'erk'
@@ -475,7 +481,7 @@ def sparse_plans(
         except ValueError as e: raise ValueError(f'{name}, {dist}, density {d:g}: {e}') from None
     return {(dist, d): plan(dist, d) for dist in distributions for d in densities}
 
-# %% ../nbs/20_bench.ipynb #b6fe26b6
+# %% ../nbs/20_bench.ipynb #215e7b8b
 def step_functions(
     name:str,       # of a network
     plans:dict,     # from `sparse_plans`
@@ -496,7 +502,7 @@ def step_functions(
             fns['sparse', dist, d, f] = Step(fuse(model) if fused else model, batch, f)
     return fns
 
-# %% ../nbs/20_bench.ipynb #106d7d92
+# %% ../nbs/20_bench.ipynb #2bcf7c8c
 def _timed(samples):
     "Spread and page faults of the samples of one variant"
     samples = np.array(samples)
@@ -521,11 +527,7 @@ def step_record(
                          of_bound=ratio/most, shares=parts.get(k)))
     return dict(dense=dense, best_dense=best, dense_ms=dense[best]['ms'], best_eager=eager, conv_share=conv, sparse=rows)
 
-# %% ../nbs/20_bench.ipynb #35d15ee1
-def _say(text):
-    "Progress, on stderr"
-    print(text, file=sys.stderr, flush=True)
-
+# %% ../nbs/20_bench.ipynb #6d28a125
 def measure_step(
     name:str,       # of a network
     plans:dict,     # from `sparse_plans`
@@ -539,18 +541,20 @@ def measure_step(
     "Whole training steps of a network, dense and sparse"
     macs = layer_macs(bench_model(name), 32)
     left = {k: flop_share(macs, {n: b.density for n, b in p.items()}) for k, p in plans.items()}
-    fns = step_functions(name, plans, B, batch, formats, compiled, fused)
+    fns, burst = step_functions(name, plans, B, batch, formats, compiled, fused), fma_burst(1_000_000)
     calls, out = warm_up(fns)
     if any(k != ('dense', 'compiled') for k in out): raise RuntimeError(f'{name}: {next(iter(out.values()))}')
     _say(f'  {len(calls)} variants built, measuring')
-    samples = interleave({k: fns[k] for k in calls}, repeats, timed=2, meter=meter)
-    slower = max(_FORMATS, key=lambda f: spread([t for t, _ in samples['dense', f]])['ms'])
-    parts = {k: shares(fns[k]) for k in calls if k not in (('dense', 'compiled'), ('dense', slower))}
+    turns = {k: fns[k] for k in calls} | ({('peak',): burst[0]} if burst else {})
+    samples = interleave(turns, repeats, timed={k: 10 if k == ('peak',) else 2 for k in turns}, meter=meter)
+    peak = burst[1]/1e6/_timed(samples.pop(('peak',)))['ms'] if burst else None
+    eager = min(_FORMATS, key=lambda f: spread([t for t, _ in samples['dense', f]])['ms'])
+    parts = {k: shares(fns[k], max(3, repeats)) for k in calls if k[0] == 'sparse' or k[1] == eager}
     if compiled: torch._dynamo.reset()
-    head = dict(model=name, batch=batch, macs=sum(macs.values()), fused=fused)
+    head = dict(model=name, batch=batch, macs=sum(macs.values()), fused=fused, peak_gflops=peak)
     return head | step_record(samples, parts, left), [f'{name}: {" ".join(k)} was left out: {why}' for k, why in out.items()]
 
-# %% ../nbs/20_bench.ipynb #e1207cba
+# %% ../nbs/20_bench.ipynb #73b6108f
 _SHORT = {'sparse kernels': 'sparse', 'dense conv/linear': 'dense', 'normalisation': 'norm', 'activation': 'act', 'pooling': 'pool', 'optimizer': 'opt', 'other': 'other'}
 
 def step_table(
@@ -574,7 +578,7 @@ def steps_table(
     return '\n\n'.join([*map(step_table, records), 'ratio: best dense time over this; bound: the ratio if only convolutions got faster, by their share of the work; '
                        'faults: page\nfaults of a step; %: of the step, by kind of work'])
 
-# %% ../nbs/20_bench.ipynb #0c095abf
+# %% ../nbs/20_bench.ipynb #37f5999f
 def plot_layers(
     rows:list, # records of layers
 ):
@@ -592,7 +596,7 @@ def plot_layers(
     _plain(ax, 'share of the register peak' if known else 'times faster than the best dense')
     return fig
 
-# %% ../nbs/20_bench.ipynb #937d74bc
+# %% ../nbs/20_bench.ipynb #df8b0e64
 def plot_steps(
     records:list, # of networks
 ):
@@ -609,7 +613,7 @@ def plot_steps(
     _plain(ax, 'times faster than the best dense step')
     return fig
 
-# %% ../nbs/20_bench.ipynb #537c0dc4
+# %% ../nbs/20_bench.ipynb #c1558b3a
 _COMMON = [
     (['--block_size'], dict(type=int, metavar='B'), 16, 16, "blocks of B×B"),
     (['--batch'], dict(type=int, metavar='N'), 128, 128, "images"),
@@ -632,7 +636,7 @@ STEP_OPTIONS = [(['--model'], dict(metavar='M[,M...]'), 'wrn-22-2,vgg-d,ResNet18
                 (['--density'], dict(metavar='D[,D...]'), '.1,.05,.4', '.1', "shares of active weights over the whole network, in (0, 1]"),
                 (['--repeats'], dict(type=int, metavar='N'), 5, 2, "rounds in which everything has its turn of one unmeasured and two measured steps"), *_COMMON]
 
-# %% ../nbs/20_bench.ipynb #6e9fb7c3
+# %% ../nbs/20_bench.ipynb #415773b2
 def filled(
     options:list, # table of a command
     given:dict,   # options that were given
@@ -661,7 +665,7 @@ def words(
         if o not in known: raise ValueError(f"{name}={o!r}: expected {', '.join(known[:-1])} or {known[-1]}")
     return list(dict.fromkeys(found))
 
-# %% ../nbs/20_bench.ipynb #bcef3622
+# %% ../nbs/20_bench.ipynb #4ea279f7
 def writable(
     name:str, # of the option
     path,     # file to be written, or None
@@ -684,7 +688,7 @@ def _whole(path):
         yield Path(d)/path.name
         os.replace(Path(d)/path.name, path)
 
-# %% ../nbs/20_bench.ipynb #8957d0fa
+# %% ../nbs/20_bench.ipynb #40fd537e
 def checked(
     options:list, # table of a command
     given:dict,   # options that were given
@@ -699,7 +703,7 @@ def checked(
     writable('json', o['json']); writable('plot', o['plot'], ('.png', '.svg', '.pdf'))
     return o
 
-# %% ../nbs/20_bench.ipynb #b7d8daab
+# %% ../nbs/20_bench.ipynb #9ccd86c0
 @contextmanager
 def _threads(n):
     "So many threads, and afterwards as many as before"
@@ -708,13 +712,14 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/20_bench.ipynb #608361ff
+# %% ../nbs/20_bench.ipynb #547112bb
 def _headline(m):
     "The machine in two lines"
     memory = f"freed memory {'kept' if m['memory_kept'] else 'returned'}, huge pages {'on' if m['huge_pages'] else 'off'}"
     peak = f"register peak {m['peak_gflops']:.0f} GFLOP/s" if m['peak_gflops'] else 'no compiler, so no register peak and no native kernels'
     return f"{m['processor']}, {m['threads']} of {m['cores']} cores, {m['date']}\ntorch {m['torch']}, dsb {m['dsb']}, float32, {memory}, {peak}"
 
+# %% ../nbs/20_bench.ipynb #ec44a667
 def run_bench(
     o:dict,  # checked options
     measure, # function without arguments: (name of the results, results, notes)
@@ -728,9 +733,11 @@ def run_bench(
         facts['peak_gflops'] = calibrate()
         results, notes = measure()
         facts['peak_gflops_end'] = calibrate()
-    notes = noise(facts['load'], facts['peak_gflops'], facts['peak_gflops_end']) + notes
+    notes = noise(facts['load'], [facts['peak_gflops'], *(r['peak_gflops'] for r in results), facts['peak_gflops_end']]) + notes
     if o['no_compile']: notes.append('dense was not tried with torch.compile')
-    print('\n'.join([_headline(facts), f"medians of {o['repeats']} rounds, everything in turns", '', table(results), *(f'note: {n}' for n in notes)]))
+    slow = why_not(torch.zeros(1), random_structure(*[o['block_size']]*3, 1.))[1]
+    if slow: notes.append(f'the sparse side is plain torch: {slow}')
+    print('\n'.join([_headline(facts), f"medians of {o['repeats']} rounds, everything in turns", '', table(results), ''][:None if notes else -1] + [f'note: {n}' for n in notes]), flush=True)
     report = dict(machine=facts, options=o, notes=notes, results=results)
     if o['json']:
         with _whole(o['json']) as f: f.write_text(json.dumps(report, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
@@ -738,7 +745,7 @@ def run_bench(
         with _whole(o['plot']) as f: plot(results).savefig(f, dpi=150)
     return report
 
-# %% ../nbs/20_bench.ipynb #1f5903c0
+# %% ../nbs/20_bench.ipynb #3a86a8bd
 def layers_job(
     given:dict, # options that were given
 ): # function without arguments that measures, prints and writes
@@ -757,7 +764,7 @@ def layers_job(
         return results, notes
     return lambda: run_bench(o, measure, layers_table, plot_layers)
 
-# %% ../nbs/20_bench.ipynb #54e6ac14
+# %% ../nbs/20_bench.ipynb #4092cad6
 def step_job(
     given:dict, # options that were given
 ): # function without arguments that measures, prints and writes

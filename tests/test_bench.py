@@ -81,7 +81,7 @@ def test_threads_are_given_back(capsys, tmp_path):
 def test_compile_that_fails(capsys, tmp_path, monkeypatch):
     "The reason is said, and the rest is measured"
     def broken(f): raise RuntimeError('no compiler\nfor this')
-    monkeypatch.setattr(torch, 'compile', lambda f: lambda *args: broken(f))
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: lambda *args: broken(f))
     printed, report = bench(capsys, tmp_path, STEP[:-1])
     assert 'note: wrn-10-1: dense compiled was left out: RuntimeError: no compiler for this' in printed
     assert 'compiled' not in report['results'][0]['dense']
@@ -92,6 +92,10 @@ def test_without_a_peak(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('dsb.bench._peak_library', lambda: None)
     printed, report = bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16'])
     assert 'no register peak' in printed and {r['share'] for r in report['results']} == {None}
+
+def test_without_native_kernels(capsys, tmp_path):
+    printed, report = bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16', '--block_size', '4'])
+    assert 'note: the sparse side is plain torch: the cpu kernels take blocks of 8, 16, 32 or 64 rows, not 4' in printed
 
 @pytest.mark.parametrize('words, says', [
     ('bench fast', "unknown command 'bench fast': expected bench layers or bench step"),
