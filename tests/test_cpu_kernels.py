@@ -1,14 +1,14 @@
-"""Native CPU kernels against float64 dense convolution, and the ways in which they are built.
+"""Native CPU kernels against float64, and the ways in which they are built.
 
 The same cases under the address sanitizer (GCC, Linux; a few minutes):
 
     DSB_CACHE=/tmp/dsb-asan DSB_CXXFLAGS="-march=native -g -fsanitize=address" ASAN_OPTIONS=detect_leaks=0 \
-    LD_PRELOAD="$(gcc -print-file-name=libasan.so)" python -m pytest -p no:cacheprovider tests/test_cpu_kernels.py -k "fuzz or linear"
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so)" python -m pytest -p no:cacheprovider tests/test_cpu_kernels.py -k "fuzz or linear or norm"
 """
 import gc, os, resource, subprocess, sys, warnings
 import pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
-from dsb.kernels import build, cpu
+from dsb.kernels import build, cpu, norm
 from dsb.kernels.reference import ConvArgs
 from dsb.structure import ShuffledBlocks
 
@@ -78,6 +78,78 @@ def test_fuzz(layer):
     assume(layer['N']*layer['C']*layer['H']*layer['W']<2e5)
     assert check(**layer)<1e-5
 
+def check_norm_conv(N, C, O, H, W, B, a, density, seed, dy_cl=True, bias=False, need_values=True):
+    "Largest relative error of a convolution that normalises its input"
+    g = torch.Generator().manual_seed(seed)
+    s = structure(O, C//a.groups*a.kernel_size[0]*a.kernel_size[1], B, a.groups, density, g)
+    v = s.gather(s.scatter(torch.randn(len(s.cols),B, generator=g)))
+    x = torch.randn(N,C,H,W, generator=g).contiguous(memory_format=CL)
+    mean,var,scale,shift = stats = torch.randn(4,C, generator=g)
+    z = (x.double()*scale.view(-1,1,1)+shift.view(-1,1,1)).relu()
+    w,b = s.scatter(v).view(O,-1,*a.kernel_size).double(),torch.randn(O, generator=g) if bias else None
+    want = F.conv2d(z, w, b if b is None else b.double(), *a[1:])
+    dy = torch.randn(want.shape, generator=g).contiguous(memory_format=CL if dy_cl else torch.contiguous_format)
+    dz,dw,_ = torch.ops.aten.convolution_backward(dy.double(), z, w, None, *a[1:4], False, [0,0], a.groups, [True,True,False])
+    delta = dz*(x.double()*scale.view(-1,1,1)+shift.view(-1,1,1)>0)
+    got = cpu.norm_conv2d_backward(dy, x, stats, v, s, a, need_values)
+    sums = torch.stack([delta.sum((0,2,3)), (delta*(x-mean.view(-1,1,1))).sum((0,2,3))])
+    size = torch.stack([delta.abs().sum((0,2,3)), (delta*(x-mean.view(-1,1,1))).abs().sum((0,2,3))])   # a sum may come out near 0
+    far = ((got[1]-sums).abs()/size.clamp(min=1e-3)).max().item() if delta.numel() else 0.
+    pairs = [(cpu.norm_conv2d(x, stats, v, b, s, a), want), (got[0], delta)] + [(got[2], s.gather(dw.reshape(s.shape)))]*need_values
+    return max(far, *(error(*o) for o in pairs))
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(layers())
+def test_norm_conv_fuzz(layer):
+    l = layer
+    C = -(-l['C']//(16*l['a'].groups))*16*l['a'].groups
+    assume(l['N']*C*l['H']*l['W']<2e5)
+    assert check_norm_conv(l['N'], C, l['O'], l['H'], l['W'], l['B'], l['a'], l['density'], l['seed'], l['dy_cl'], l['bias'], l['need'][1])<1e-4   # scale·x+shift may cancel
+
+def image(*shape, g): return torch.randn(*shape, generator=g).contiguous(memory_format=CL)
+
+def check_norm(N, C, H, W, seed, res, relu, batch, offset=0.):
+    "Largest relative error of a normalisation and its gradients"
+    g = torch.Generator().manual_seed(seed)
+    x,r,dy = image(N,C,H,W, g=g)+offset,image(N,C,H,W, g=g) if res else None,image(N,C,H,W, g=g)
+    w,b,m,v = (torch.randn(C, generator=g) for _ in range(4))
+    given = (None,None) if batch else (m,v.abs()+.1)
+    ts = [o.double().requires_grad_() for o in ((x,w,b,r) if res else (x,w,b))]
+    z = F.batch_norm(ts[0], *(o if o is None else o.double() for o in given), ts[1], ts[2], batch, eps=1e-3)
+    z = z+ts[3] if res else z
+    z = z.relu() if relu else z
+    want = torch.autograd.grad(z, ts, dy.double())
+    stats = norm.statistics(x, w, b, *given, 1e-3)
+    y = norm.norm(x, stats, r, relu)
+    kept,dx,dr = y if res and relu else None,torch.empty_like(x),torch.empty_like(x) if res else None
+    dw,db = norm.norm_finish(dy, x, kept, stats, norm.norm_sums(dy, x, kept, stats, relu), 1e-3, relu, batch, dx, dr)
+    scale = max(1e-3, *(o.abs().max().item() for o in want))   # one scale for all: a gradient may come out near 0
+    return max(error(y, z), *((p-q).abs().max().item()/scale for p,q in zip((dx,dw,db,dr), want)))
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.integers(1,9), st.integers(1,70), st.integers(1,12), st.integers(2,12), st.integers(0,999), st.booleans(), st.booleans(), st.booleans())
+def test_norm(N, C, H, W, seed, res, relu, batch): assert check_norm(N, C, H, W, seed, res, relu, batch)<1e-4
+
+def check_pool(N, C, H, W, k, s, p, seed):
+    "Largest relative error of normalisation, ReLU and max pooling"
+    g = torch.Generator().manual_seed(seed)
+    x,w,b = image(N,C,H,W, g=g),torch.randn(C, generator=g)+.1,torch.randn(C, generator=g)
+    stats = norm.statistics(x, w, b, None, None, 1e-3)
+    y,place = norm.norm_pool(x, stats, k, s, p)
+    ts = [o.double().requires_grad_() for o in (x,w,b)]
+    want = F.max_pool2d(F.batch_norm(ts[0], None, None, ts[1], ts[2], True, eps=1e-3).relu(), k, s, p)
+    dy = image(*want.shape, g=g)
+    grads = torch.autograd.grad(want, ts, dy.double())
+    dx,(dw,db) = norm.norm_pool_backward(dy, x, y, place, stats, k, s, p, 1e-3, True, True)
+    scale = max(1e-3, *(o.abs().max().item() for o in grads))
+    return max(error(y, want), *((a-b).abs().max().item()/scale for a,b in zip((dx,dw,db), grads)))
+
+pairs = st.tuples(small,small)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.integers(1,5), st.integers(1,40), st.integers(3,12), st.integers(3,12), pairs, pairs, st.tuples(*[st.booleans()]*2), st.integers(0,999))
+def test_norm_pool(N, C, H, W, k, s, padded, seed):
+    assert check_pool(N, C, H, W, k, s, tuple(o//2 if f else 0 for o,f in zip(k, padded)), seed)<1e-4
+
 @pytest.mark.parametrize('threads', [1,2,3])
 def test_threads(threads):
     before = torch.get_num_threads()
@@ -126,8 +198,8 @@ def test_changing_shapes():
         gc.collect()
         return int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     if not os.path.exists('/proc/self/statm'): pytest.skip('no /proc')
-    before = rounds(800)
-    assert rounds(1600)-before<8 and len(s.cache['cpu'])<=8
+    before = rounds(1700)
+    assert rounds(3400)-before<8 and len(s.cache['cpu'])<=8   # 10 200 calls in all
 
 smoke = '''
 import sys, warnings; sys.path[:0] = {path!r}
@@ -148,6 +220,10 @@ for i,(B,k,st,cl) in enumerate([(8,3,1,0),(16,3,1,1),(16,3,2,1),(32,1,1,0),(64,3
     for N,H in ((5,8),(2,7),(17,4)):
         e = t.check(N, 32, 64, H, H, B, ConvArgs((k,k),(st,st),(k//2,k//2)), .3, i, cl=bool(cl), bias=True)
         assert e<1e-5, (B,k,st,cl,N,H,e)
+    e = t.check_norm_conv(5, 32, 64, 9, 7, B, ConvArgs((k,k),(st,st),(k//2,k//2)), .3, i)
+    assert e<1e-4, ('norm', B, k, st, e)
+    for r in range(8): assert t.check_norm(3, 20+13*i, 5, 6, i, bool(r&1), bool(r&2), bool(r&4))<1e-4
+    assert t.check_pool(2, 20+13*i, 9, 8, (3,3), (2,2), (1,1), i)<1e-4 and t.check_pool(2, 33, 8, 8, (2,2), (2,2), (0,0), i)<1e-4
 print('lanes', cpu._library()[0].dsb_lanes())
 '''
 x86 = pytest.mark.skipif(not any(o in build.platform.machine() for o in ('x86','AMD')), reason='x86 flags')
@@ -158,7 +234,7 @@ def test_flags(flags, lanes, feature, tmp_path):
     p = run(cases, DSB_CXXFLAGS=flags, DSB_CACHE=str(tmp_path))
     out,err = p.communicate()
     assert p.returncode==0 and f'lanes {lanes}' in out, err
-    assert err.count('building the cpu kernels')==1
+    assert err.count('building the cpu kernels')==err.count('building the norm kernels')==1
 
 def test_builds_at_once(tmp_path):
     "Three processes start on an empty cache; a fourth finds the library"
