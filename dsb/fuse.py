@@ -6,7 +6,7 @@
 __all__ = ['batch_norm', 'norm_then', 'fuse', 'unfuse']
 
 # %% ../nbs/14_fuse.ipynb #408366a0
-import operator as python
+import copy, operator as python
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor, fx
 from .kernels import cpu, norm as kernels
@@ -57,13 +57,22 @@ def _plain(bn, x, residual, relu):
     if residual is not None: y = y+residual
     return F.relu(y, inplace=True) if relu else y
 
+@torch.compiler.assume_constant_result
+def _native()->bool:
+    "Are the native kernels there? Asking builds them"
+    return not (kernels._library()[1] or cpu._library()[1])
+
+def _overheard(m)->bool:
+    "Does anything hook into the module?"
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
 def _suits(bn, x, residual):
     "Can the native operator stand in for these operations?"
     last = x.dim()==4 and x.is_contiguous(memory_format=torch.channels_last)
     if not last or x.device.type!='cpu' or x.dtype!=torch.float32 or x.numel()<=x.shape[1]: return False
     if residual is not None and (residual.shape!=x.shape or residual.dtype!=x.dtype): return False
     if bn.weight is not None and bn.weight.dtype!=x.dtype: return False
-    return picked('cpu') and not (bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks)
+    return picked('cpu') and not _overheard(bn) and _native()
 
 # %% ../nbs/14_fuse.ipynb #c668a40d
 def batch_norm(
@@ -140,7 +149,7 @@ _norm_conv2d.register_autograd(_conv_gradients, setup_context=_save_conv)
 def _suits_conv(x, conv):
     "Can the convolution normalise its own input?"
     if type(conv) is not SparseConv2d or conv.block_size not in cpu.block_sizes or conv.pad_first or conv.values.dtype!=x.dtype or x.shape[1]%16: return False
-    return not (torch.is_autocast_enabled('cpu') or conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+    return not (torch.is_autocast_enabled('cpu') or _overheard(conv))
 
 def _into_conv(x, bn, conv):
     "`conv(relu(bn(x)))` in one operation"
@@ -195,7 +204,7 @@ def _suits_pool(pool):
     "Can the pooling be computed along with the normalisation?"
     if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices or _pair(pool.dilation)!=[1,1]: return False
     k,p = _pair(pool.kernel_size),_pair(pool.padding)
-    return k[0]*k[1]<255 and all(2*b<=a for a,b in zip(k, p)) and not (pool._forward_hooks or pool._forward_pre_hooks or pool._backward_hooks or pool._backward_pre_hooks)
+    return k[0]*k[1]<255 and all(2*b<=a for a,b in zip(k, p)) and not _overheard(pool)
 
 def _into_pool(x, bn, pool):
     "`pool(relu(bn(x)))` in one operation"
@@ -240,7 +249,7 @@ _adds = {python.add, python.iadd, torch.add, 'add', 'add_'}
 
 def _is(node, modules, kind, names)->bool:
     "Is a node a call of a module of this type, or of one of these functions?"
-    if node.op=='call_module': return type(modules.get(node.target)) is kind
+    if node.op=='call_module': return type(modules.get(node.target)) is kind and not _overheard(modules[node.target])
     return node.op in ('call_function','call_method') and node.target in names
 
 def _norm_of(node, modules):
@@ -259,16 +268,21 @@ def _match(node, modules)->tuple: # nodes from the ReLU back to the BatchNorm, o
         if add.target in (python.iadd,'add_'): return   # `x += bn(y)` changes x
 
 # %% ../nbs/14_fuse.ipynb #f83f983b
-def _put(graph, nodes, relu):
+def _reader(node, modules):
+    "The only node that reads a node's result, if it is a module other than a BatchNorm, or None"
+    if len(node.users)!=1: return
+    r = next(iter(node.users))
+    if r.op=='call_module' and len(r.args)==1 and not r.kwargs and not _is(r, modules, nn.BatchNorm2d, ()): return r
+
+def _put(graph, modules, nodes, relu):
     "Replace nodes (a ReLU, perhaps an addition, a BatchNorm) by one call"
-    bn,last = nodes[-1],nodes[0]
-    reader = next(iter(last.users), None)
-    then = relu and len(nodes)==2 and len(last.users)==1 and reader.op=='call_module' and len(reader.args)==1
+    bn = nodes[-1]
+    reader = _reader(nodes[0], modules) if relu and len(nodes)==2 else None
     residual = next(o for o in nodes[1].args if o is not bn) if len(nodes)==3 else None
-    if then: nodes = (reader,*nodes)
+    if reader: nodes = (reader,*nodes)
     with graph.inserting_before(nodes[0]):
         m = graph.get_attr(bn.target)
-        new = graph.call_function(norm_then, (bn.args[0], m, graph.get_attr(reader.target))) if then else \
+        new = graph.call_function(norm_then, (bn.args[0], m, graph.get_attr(reader.target))) if reader else \
               graph.call_function(batch_norm, (bn.args[0], m, residual, relu))
     nodes[0].replace_all_uses_with(new)
     for o in nodes: graph.erase_node(o)
@@ -276,22 +290,21 @@ def _put(graph, nodes, relu):
 def _rewrite(graph, modules)->int: # places fused
     "Replace the patterns of a recorded function"
     found = [o for o in (_match(node, modules) for node in graph.nodes) if o]
-    for nodes in found: _put(graph, nodes, True)
+    for nodes in found: _put(graph, modules, nodes, True)
     rest = [o for o in graph.nodes if _is(o, modules, nn.BatchNorm2d, ()) and len(o.args)==1]
-    for o in rest: _put(graph, (o,), False)
+    for o in rest: _put(graph, modules, (o,), False)
     return len(found)+len(rest)
 
 # %% ../nbs/14_fuse.ipynb #56e6e281
+def _blank(cls): return cls.__new__(cls)
+
 class _Fused:
     "Mixed into the class of a fused module"
-    def __reduce_ex__(self, protocol):
-        fused,self.__class__ = self.__class__,self._unfused
-        try: return self.__reduce_ex__(protocol)
-        finally: self.__class__ = fused
+    def _state(self): return self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__   # Python 3.10 has no default
+    def __reduce_ex__(self, protocol): return _blank,(self._unfused,),self._state()
     def __deepcopy__(self, memo):
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__, memo))
+        new = memo[id(self)] = _blank(type(self))
+        new.__setstate__(copy.deepcopy(self._state(), memo))
         return new
 
 def _become(m, forward):
@@ -306,7 +319,7 @@ def _sequential(self, x):
     while todo:
         m = todo.pop()
         if type(m) is not nn.BatchNorm2d: x = m(x); continue
-        relu = bool(todo) and type(todo[-1]) is nn.ReLU
+        relu = bool(todo) and type(todo[-1]) is nn.ReLU and not _overheard(todo[-1])
         if relu: todo.pop()
         if relu and todo and isinstance(todo[-1], (nn.Conv2d,SparseConv2d,nn.MaxPool2d)): x = norm_then(x, m, todo.pop())
         else: x = batch_norm(x, m, None, relu)
