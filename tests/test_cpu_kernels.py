@@ -3,7 +3,7 @@
 The same cases under the address sanitizer (GCC, Linux; a few minutes):
 
     DSB_CACHE=/tmp/dsb-asan DSB_CXXFLAGS="-march=native -g -fsanitize=address" ASAN_OPTIONS=detect_leaks=0 \
-    LD_PRELOAD="$(gcc -print-file-name=libasan.so)" python -m pytest -p no:cacheprovider tests/test_cpu_kernels.py -k "fuzz or linear or norm"
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" python -m pytest -p no:cacheprovider tests/test_cpu_kernels.py -k "fuzz or linear or norm"
 """
 import gc, os, resource, subprocess, sys, warnings
 import pytest, torch, torch.nn.functional as F
