@@ -57,10 +57,10 @@ def _plain(bn, x, residual, relu):
     if residual is not None: y = y+residual
     return F.relu(y, inplace=True) if relu else y
 
-@torch.compiler.assume_constant_result
 def _native()->bool:
     "Are the native kernels there? Asking builds them"
     return not (kernels._library()[1] or cpu._library()[1])
+_native._dynamo_marked_constant = True   # what torch.compiler.assume_constant_result does, without importing the compiler
 
 def _overheard(m)->bool:
     "Does anything hook into the module?"
