@@ -147,7 +147,7 @@ extern "C" void dsb_norm_pool(const Pool* g, const float* x, const float* scale,
 '''
 
 # %% ../../nbs/08_norm.ipynb #ae3cddd6
-_cpp_pool_backward = r'''
+_cpp_pool_rows = r'''
 struct Window { long at; int place; };                        // first channel of an output pixel; where in its window we are
 template<int M, class F> INL void pool_pixel(int C, const Window* windows, const float* dy, const uint8_t* place, F f){   // M windows
   const float* y[M]; const uint8_t* p[M]; ivec at[M];
@@ -175,6 +175,10 @@ template<class F> INL void pool_rows(const Pool g, const float* dy, const uint8_
         vec d={};
         for(int j=0; j<m; j++) d += loadb(place+u[j].at+c,n)==ivec{}+u[j].place ? loadn(dy+u[j].at+c,n) : vec{};
         put(c, n, d); }); } } }
+'''
+
+# %% ../../nbs/08_norm.ipynb #f1465b91
+_cpp_pool_backward = r'''
 extern "C" void dsb_pool_lookup(const Pool* g, const float* dy, const uint8_t* place, const float* x, const float* mean, int c, float* second){
   double s=0;                                                 // the second sum of one channel
   for(long o=0; o<(long)g->N*g->Ho*g->Wo; o++){
@@ -198,7 +202,7 @@ extern "C" void dsb_pool_back(const Pool* g, const float* dy, const uint8_t* pla
 @functools.cache
 def _library()->tuple: # (library or None, reason why there is none or '')
     "The native library, its functions declared"
-    source = '\n'.join((_cpp_vectors, _cpp_stream, _cpp_lanes, _cpp_rows, _cpp_sums, _cpp_forward, _cpp_backward, _cpp_pool, _cpp_pool_backward))
+    source = '\n'.join((_cpp_vectors, _cpp_stream, _cpp_lanes, _cpp_rows, _cpp_sums, _cpp_forward, _cpp_backward, _cpp_pool, _cpp_pool_rows, _cpp_pool_backward))
     lib,reason = library('norm', source)
     if lib is not None:
         p,n,i,f = ctypes.c_void_p,ctypes.c_long,ctypes.c_int,ctypes.c_float
@@ -262,6 +266,7 @@ def norm_sums(
     _library()[0].dsb_norm_sums(x.data_ptr(), _ptr(y), dy.data_ptr(), x.numel()//C, C, *_rows(stats, 0, 2, 3), relu, sums.data_ptr(), torch.get_num_threads())
     return sums
 
+# %% ../../nbs/08_norm.ipynb #038cd0c3
 def norm_finish(
     dy:Tensor,    # gradient of y, like x
     x:Tensor,     # (N, C, H, W) as in `norm`
@@ -300,6 +305,7 @@ def norm_pool(
     _library()[0].dsb_norm_pool(ctypes.byref(g), x.data_ptr(), *_rows(stats, 2, 3), y.data_ptr(), place.data_ptr(), torch.get_num_threads())
     return y,place
 
+# %% ../../nbs/08_norm.ipynb #0b0ff680
 def norm_pool_backward(
     dy:Tensor,     # gradient of y
     x:Tensor,      # (N, C, H, W) as in `norm_pool`
