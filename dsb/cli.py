@@ -70,21 +70,22 @@ def _options():
         (['--n_train'], dict(type=int, metavar='N'), None, "use only N training images"),
         (['--n_test'], dict(type=int, metavar='N'), None, "use only N test images")]),
     ('sparsity', [
-        (['--sparsity'], dict(type=float, metavar='S'), .9, "share of zero weights over all layers, in [0, 1); 0 trains a dense network"),
+        (['--sparsity'], dict(type=float, metavar='S'), .9, "share of zero weights over all layers, in [0, 1), or of those that small-dense lacks; 0 trains a dense network"),
         (['--block_size'], dict(type=int, metavar='B'), 0, "B×B blocks (8, 16, 32, ...); 0 for unstructured"),
-        (['--method'], dict(metavar='NAME'), None, "dsb or ssb (shuffled blocks that move or stay), rigl, set or static (unstructured), dense; default: block_size above 0 means dsb, 0 rigl"),
+        (['--method'], dict(metavar='NAME'), None, "dsb or ssb (shuffled blocks that move or stay), rigl, set or static (unstructured), dense, small-dense (a dense network with as few weights); default: block_size above 0 means dsb, 0 rigl"),
         (['--static_update'], dict(metavar='y/n'), 'n', "y: the structure stays as it is, which turns dsb into ssb and rigl into static"),
         (['--distribution'], dict(metavar='NAME'), 'erk', "how the sparsity is shared out over the layers: erk, er or uniform"),
         (['--T'], dict(type=int, metavar='N'), 100, "steps between two updates of the structure"),
         (['--T_end'], dict(type=int, metavar='N'), None, "step at which updates end; default: 75000 or three quarters of the run, whichever comes first"),
         (['--alpha'], dict(type=float, metavar='F'), .3, "share of the active weights to drop at the first update; falls to 0 along a cosine")]),
     ('training', [
-        (['--epochs'], dict(type=int, metavar='N'), {'cifar': 160, 'imagenet': 105}, "passes over the training images; the schedule stretches with it"),
+        (['--epochs'], dict(type=int, metavar='N'), {'cifar': 160, 'imagenet': 105, 'short': 12}, "passes over the training images; the schedule stretches with it"),
+        (['--eval_every'], dict(type=int, metavar='N'), 1, "epochs between two evaluations; the last epoch is always evaluated"),
         (['-b', '--batch_size'], dict(type=int, metavar='N'), 128, "images in a step, over all processes"),
         (['--lr', '--learning-rate'], dict(type=float, metavar='LR'), .1, "peak learning rate"),
         (['--momentum'], dict(type=float, metavar='M'), .9, "momentum of SGD"),
         (['--weight-decay', '--wd'], dict(type=float, metavar='W'), 1e-4, "weight decay, on active weights only"),
-        (['--recipe'], dict(metavar='NAME'), None, "cifar: the rate falls at 1/2 and 3/4 of the run; imagenet: warm-up, three falls, label smoothing"),
+        (['--recipe'], dict(metavar='NAME'), None, "cifar: the rate falls at 1/2 and 3/4 of the run; imagenet: warm-up, three falls, label smoothing; short: 12 epochs, warm-up, then a cosine"),
         (['--start-epoch'], dict(type=int, metavar='N'), 0, "take N epochs as done: the schedule starts there"),
         (['--seed'], dict(type=int, metavar='N'), 0, "the same seed on the same machine gives the same run"),
         (['--amp'], dict(action='store_true'), False, "compute in bfloat16 where torch's autocast does")]),
@@ -216,7 +217,7 @@ def train_command(
 
 def _train(t, keep):
     "Fit, and say how it went; keep freed memory?"
-    from dsb.train import DataError, Diverged, Interrupted, leave_group
+    from dsb.train import DENSE, DataError, Diverged, Interrupted, leave_group
     from dsb.tune import tune
     kept = keep and t.device.type == 'cpu' and tune()
     say = print if t.rank == 0 else lambda *a, **k: None
@@ -227,7 +228,7 @@ def _train(t, keep):
     except DataError as e: fail(e)
     leave_group()
     say(f"best test accuracy {r['best_acc']:.2%} (epoch {r['best_epoch']}), last {r['final_acc']:.2%}, {r['seconds']:.0f} s; see {t.out}/curves.png"
-        + ('' if r['method'] == 'dense' else ' and masks.png'))
+        + ('' if r['method'] in DENSE else ' and masks.png'))
     return 0
 
 # %% ../nbs/23_cli.ipynb #ecf975a1
@@ -252,16 +253,18 @@ def show_command(
     print('drawn: ' + ', '.join(draw_run(path.parent, model, ck['history'], ck['start'], title)))
     return 0
 
+# %% ../nbs/23_cli.ipynb #b078c072
+def _run_row(r, best):
+    "One epoch of a run's table"
+    test = ' '*21 if r['test_acc'] is None else f"{r['test_loss']:>11.4f}{r['test_acc']:>10.2%}"
+    moved = sum(u['net_changed'] for u in r['updates'])
+    return f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{test}{moved:>8}" + ' best'*(r['epoch'] == best)
+
 def _run_table(head, ck):
     "The history of a run, about ten lines of it"
-    h, every = ck['history'], max(1, len(ck['history'])//10)
-    rows = [f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{'test loss':>11}{'test acc':>10}{'moved':>8}"]
-    for r in h:
-        if r['epoch'] % every and r is not h[-1] and r['epoch'] != ck['best']['epoch']: continue
-        moved = sum(u['net_changed'] for u in r['updates'])
-        rows.append(f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{r['test_loss']:>11.4f}{r['test_acc']:>10.2%}{moved:>8}"
-                    + (' best' if r['epoch'] == ck['best']['epoch'] else ''))
-    return '\n'.join([head, '', *rows, ''])
+    h, best, every = ck['history'], ck['best']['epoch'], max(1, len(ck['history'])//10)
+    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{'test loss':>11}{'test acc':>10}{'moved':>8}"
+    return '\n'.join([head, '', names, *(_run_row(r, best) for r in h if r['epoch'] % every == 0 or r is h[-1] or r['epoch'] == best), ''])
 
 # %% ../nbs/23_cli.ipynb #c3fee8e6
 def export_command(
@@ -274,16 +277,18 @@ def export_command(
     try:
         import torch
         from dsb.sparsify import densify
-        from dsb.train import claim_folder, load_checkpoint, restored, save_whole
+        from dsb.train import TrainConfig, claim_folder, load_checkpoint, restored, save_whole, width_of
         run = Path(args.run)
         path, ck = load_checkpoint(run/'best.pt' if (run/'best.pt').exists() else run)
         out = Path(args.out or path.parent/'dense.pt')
         claim_folder(out.parent, resume=True)
         save_whole(densify(restored(ck)).state_dict(), out)
     except ValueError as e: fail(e)
-    i = ck['info']
-    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}. To load it:\n"
-          f"  model = dsb.models.create_model({ck['config']['model']!r}, num_classes={i['num_classes']}, image_size={i['image_size']}, in_channels={i['in_channels']})\n"
+    name, shape = ck['config']['model'], {k: ck['info'][k] for k in ('num_classes', 'image_size', 'in_channels')}
+    width = width_of(TrainConfig(**ck['config']), shape)
+    options = ''.join(f', {k}={v}' for k, v in (shape | (dict(width=width) if width != 1 else {})).items())
+    print(f"{out}: {name} after epoch {ck['epoch']}. To load it:\n"
+          f"  model = dsb.models.create_model({name!r}{options})\n"
           f"  model.load_state_dict(torch.load({str(out)!r}, weights_only=True))")
     return 0
 

@@ -171,16 +171,16 @@ def plot_curves(
     "Loss, accuracy, learning rate and movement of the structure over the epochs of a run"
     fig = _figure(9, 5.4)
     (loss, acc), (lr, move) = fig.subplots(2, 2)
-    x = [r['epoch'] for r in history]
+    x, seen = [r['epoch'] for r in history], [r for r in history if r['test_acc'] is not None]
     for ax, key, scale in ((loss, 'loss', 1), (acc, 'acc', 100)):
-        for part, color in (('train', _SOFT), ('test', _INK)):
-            ax.plot(x, [scale*r[f'{part}_{key}'] for r in history], color=color, label=part, marker='.' if len(x) < 40 else None)
+        for part, rs, color in (('train', history, _SOFT), ('test', seen, _INK)):
+            ax.plot([r['epoch'] for r in rs], [scale*r[f'{part}_{key}'] for r in rs], color=color, label=part, marker='.' if len(rs) < 40 else None)
         ax.legend(fontsize=8, frameon=False, loc='lower right' if key == 'acc' else 'best')
-    best = max(history, key=lambda r: r['test_acc'])
-    acc.plot(best['epoch'], 100*best['test_acc'], 'o', color=_NEW, ms=5)
+    best = max(seen, key=lambda r: r['test_acc'], default=None)
+    if best: acc.plot(best['epoch'], 100*best['test_acc'], 'o', color=_NEW, ms=5)
     _plain(loss, 'loss', 'epoch')
     _log_if_wide(loss)
-    _plain(acc, f"accuracy, %; best test {best['test_acc']:.2%}", 'epoch')
+    _plain(acc, f"accuracy, %; {'best test ' + format(best['test_acc'], '.2%') if best else 'not tested yet'}", 'epoch')
     lr.step(x, [r['lr'] for r in history], color=_INK, where='mid')
     _plain(lr, 'learning rate at the end of the epoch', 'epoch').set_ylim(bottom=0)
     _plot_movement(move, history)
