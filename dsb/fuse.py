@@ -11,7 +11,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor, fx
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
-from .ops import conv_structure, dense_wgrad, operator, picked, show
+from .ops import conv_structure, images_wanted, less_wanted, operator, picked, reveal
 
 # %% ../nbs/14_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -121,8 +121,8 @@ def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows
                           kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
                           eps:float, batch:bool, need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
     s,a = conv_structure(x, rows, group_ptr, cols, B, O, kernel_size, stride, padding, dilation, groups)
-    dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and not key)
-    if need_values and key: dv = s.gather(show(dense_wgrad(dy, kernels.norm(x, stats, None, True), s, a), key))
+    dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and (not key or less_wanted(key, len(x))))
+    if need_values and key: dv = reveal(key, dy, kernels.norm(x[:images_wanted(key, len(x))], stats, None, True), dv, s, a)
     grads = kernels.norm_finish(dx, x, None, stats, sums, eps, False, batch, dx if need_x else None, None)
     return dx,grads,x.new_empty(0) if dv is None else dv
 
