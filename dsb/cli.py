@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'DATA_SETS', 'Parser', 'fail', 'near', 'train_parser', 'options_to_config', 'default_out', 'continued',
-           'train_command', 'show_command', 'export_command', 'bench_command', 'main']
+           'train_command', 'show_command', 'export_command', 'bench_command', 'sweep_command', 'main']
 
 # %% ../nbs/23_cli.ipynb #8fbc1a96
 import argparse, os, shutil, sys, textwrap
@@ -321,6 +321,33 @@ def bench_command(
         return 130
     return 0
 
+# %% ../nbs/23_cli.ipynb #f492abd0
+def _sweep_parser():
+    p = Parser(prog='dsb sweep', usage='dsb sweep FILE [options]', formatter_class=_Help, description="Do the runs of a file that are not done yet, one line of JSON for each")
+    p.add_argument('file', metavar='FILE', help='JSON with the objects common, methods and grid, each of options of dsb train')
+    p.add_argument('--jobs', type=int, metavar='N', default=1, help='runs at once (default 1)')
+    p.add_argument('--threads', type=int, metavar='N', help='threads of each run; default: the cores over --jobs')
+    p.add_argument('--out', metavar='FILE', help='file of results; default FILE with the suffix .jsonl')
+    p.add_argument('--only', action='append', default=[], metavar='KEY=V[,V]', help='only runs with these values, such as label=dsb,set or sparsity=.9; may be given several times')
+    p.add_argument('--list', action='store_true', help='print the runs and how far each is, and do nothing')
+    return p
+
+def sweep_command(
+    argv:list, # the words after `dsb sweep`
+)->int:        # exit status
+    "Do the runs of a file, or say how far they are"
+    args = _parse(_sweep_parser(), argv)
+    try:
+        from dsb.sweep import Sweep
+        sweep = Sweep(args.file, args.out, args.only)
+        if args.list: print(sweep); return 0
+        failed = sweep.run(args.jobs, args.threads, say=lambda line: print(line, flush=True))
+    except ValueError as e: fail(e)
+    except KeyboardInterrupt as e:
+        print(f"\n{e or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(e, 'signum', 2)
+    return int(failed > 0)
+
 # %% ../nbs/23_cli.ipynb #25528c1c
 def _commands():
     "name -> (function of the remaining words, what it does)"
@@ -328,6 +355,7 @@ def _commands():
         train=(lambda argv: train_command(argv, prog='dsb train'), 'train a network, or continue a run; the same as main.py'),
         show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
         export=(export_command, 'write the best weights of a run for ordinary dense layers'),
+        sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),
         bench=(bench_command, 'time layers or whole training steps against dense'))
 
 def main(
