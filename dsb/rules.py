@@ -21,10 +21,13 @@ def plan_drops(
     k:int,         # how many to drop
 )->Tensor: # bool, like `values`
     "Mark the `k` smallest active weights"
-    size = values.detach().abs()
-    if s.padded: size = size.masked_fill(s.index()<0, torch.inf)
-    order = size.view(-1).sort(stable=True).indices[:k]
-    return torch.zeros(values.numel(), dtype=torch.bool, device=values.device).index_fill_(0, order, True).view_as(values)
+    size = values.detach().abs().view(-1)
+    if s.padded: size = size.masked_fill(s.index().view(-1)<0, torch.inf)
+    if k<1: return torch.zeros_like(values, dtype=torch.bool)
+    last = size.kthvalue(min(k, len(size))).values
+    drop = size<last
+    ties = (size==last).nonzero().view(-1)
+    return drop.index_fill_(0, ties[:k-int(drop.sum())], True).view_as(values)
 
 # %% ../nbs/13_rules.ipynb #5a2bb482
 def confirm_drops(
@@ -153,11 +156,12 @@ def _grown_worth(
     grown:Tensor,  # flat positions
 )->tuple: # (flat positions, scores) of the entries that stay and of those that grow
     "Absolute values; grown entries get the mean of the positive ones"
-    stay = ~drop & (s.index()>=0) if s.padded else ~drop
-    size = values.detach()[stay].abs().float()
-    pos = size[size>0]
-    mean = float(pos.mean()) if len(pos) else 1.
-    return torch.cat([s.index()[stay], grown]),torch.cat([size, size.new_full((len(grown),), mean)])
+    at = s.index().view(-1)
+    stay = (~drop.view(-1) & (at>=0) if s.padded else ~drop.view(-1)).nonzero().view(-1)
+    size = values.detach().view(-1)[stay].abs().float()
+    n = int((size>0).sum())
+    mean = float(size.sum(dtype=torch.double))/n if n else 1.
+    return torch.cat([at[stay], grown]),torch.cat([size, size.new_full((len(grown),), mean)])
 
 def paper(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`
