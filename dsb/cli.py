@@ -77,7 +77,12 @@ def _options():
         (['--distribution'], dict(metavar='NAME'), 'erk', "how the sparsity is shared out over the layers: erk, er or uniform"),
         (['--T'], dict(type=int, metavar='N'), 100, "steps between two updates of the structure"),
         (['--T_end'], dict(type=int, metavar='N'), None, "step at which updates end; default: 75000 or three quarters of the run, whichever comes first"),
-        (['--alpha'], dict(type=float, metavar='F'), .3, "share of the active weights to drop at the first update; falls to 0 along a cosine")]),
+        (['--alpha'], dict(type=float, metavar='F'), .3, "share of the active weights to drop at the first update; falls to 0 along a cosine"),
+        (['--rule'], dict(metavar='NAME'), None, "of dsb: columns (default), saliency, swap, or paper, the published one"),
+        (['--grow'], dict(metavar='BY'), None, "what growth goes by: gradient, norm (a bound that needs no dense gradient) or random; default: the method's own"),
+        (['--accumulate'], dict(type=int, metavar='M'), 0, "sum the dense gradients of the last M steps; 0: those of the last backward pass"),
+        (['--part'], dict(type=float, metavar='F'), 1., "share of the batch that dense gradients are made of"),
+        (['--regroup'], dict(type=int, metavar='N'), 0, "consider other row groups at every N-th update; 0: never")]),
     ('training', [
         (['--epochs'], dict(type=int, metavar='N'), {'cifar': 160, 'imagenet': 105, 'short': 12}, "passes over the training images; the schedule stretches with it"),
         (['--eval_every'], dict(type=int, metavar='N'), 1, "epochs between two evaluations; the last epoch is always evaluated"),

@@ -85,9 +85,10 @@ class Run:
     def __str__(self): return ', '.join([str(self.keys['label'])] + [f'{k} {v}' for k, v in list(self.keys.items())[1:]])
 
 # %% ../nbs/22_sweep.ipynb #76c072ca
-_STILL = ('T', 'T_end', 'alpha')   # of updates
+_STILL = ('T', 'T_end', 'alpha', 'rule', 'grow', 'accumulate', 'part', 'regroup')   # of updates
+_BLOCKS = ('rule', 'grow', 'regroup')                                                        # of updates of blocks
 IGNORED = {'dense': ('sparsity', 'block_size', 'distribution', *_STILL), 'small-dense': ('block_size', 'distribution', *_STILL), 'ssb': _STILL,
-           'static': ('block_size', *_STILL), 'set': ('block_size',), 'rigl': ('block_size',), 'dsb': ()}
+           'static': ('block_size', *_STILL), 'set': ('block_size', *_BLOCKS), 'rigl': ('block_size', *_BLOCKS), 'dsb': ()}
 
 def _check_types(values):
     "Raise unless each field holds what JSON should have there"

@@ -25,7 +25,7 @@ from .density import one_of
 from .fuse import fuse
 from .models import create_model, model_channels, small_width
 from .sparsify import sparse_layers, sparsify, summary
-from .topology import Updater, pack_mask, unpack_mask
+from .topology import Updater, check_update, pack_mask, unpack_mask
 
 # %% ../nbs/21_train.ipynb #ac34d57d
 METHODS = ('dsb', 'ssb', 'rigl', 'set', 'static', 'small-dense', 'dense')
@@ -101,6 +101,11 @@ class TrainConfig:
     T:int=100                  # steps between two topology updates
     T_end:int=None             # step at which updates end; None: min(75000, 3/4 of the planned steps)
     alpha:float=.3             # drop fraction at step 0
+    rule:str=None              # of `dsb`: which columns or entries go and come, see `RULES`; None: the default
+    grow:str=None              # what growth goes by: 'gradient', 'norm' or 'random'; None: the method's own
+    accumulate:int=0           # sum the dense gradients of so many steps before an update
+    part:float=1.              # share of the batch that dense gradients are made of
+    regroup:int=0              # consider other row groups at every so many updates; 0: never
     recipe:str='cifar'         # 'cifar', 'imagenet' or 'short', see `RECIPES`
     epochs:int=None            # None: the recipe's own number
     eval_every:int=1           # epochs between two evaluations; the last epoch is always evaluated
@@ -139,7 +144,7 @@ def title(self:TrainConfig)->str:
     "The run in half a line"
     if self.method in DENSE:
         return f"{self.model} on {self.data_set}: dense" + f", narrowed to {1-self.sparsity:g} of the weights"*(self.sparsity > 0)
-    how = f"blocks of {self.block_size}" if self.block_size else 'unstructured'
+    how = (f"blocks of {self.block_size}" if self.block_size else 'unstructured') + (f", rule {self.rule}" if self.rule else '')
     return f"{self.model} on {self.data_set}: {self.method}, sparsity {self.sparsity:g}, {how}, {self.distribution}"
 
 @patch
@@ -157,6 +162,14 @@ def complete(self:TrainConfig):
         if not ok(v): raise ValueError(f"{name}={v!r}: expected {expected}")
     if self.start_epoch >= self.epochs:
         raise ValueError(f"start_epoch={self.start_epoch}: expected less than epochs, which is {self.epochs}")
+    self._check_update()
+
+@patch
+def _check_update(self:TrainConfig):
+    "Raise unless the settings of updates go together"
+    if self.method not in DENSE: check_update(self.method, self.T, self.rule, self.grow, self.accumulate, self.part, self.regroup)
+    elif self.rule or self.grow:
+        raise ValueError(f"{'rule' if self.rule else 'grow'}={self.rule or self.grow!r} with method={self.method!r}: a dense network has no updates, leave it out")
 
 # %% ../nbs/21_train.ipynb #a780b658
 def lr_at(
@@ -384,7 +397,8 @@ def _build(self:Trainer):
     self.opt = torch.optim.SGD(self.model.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
     g = torch.Generator().manual_seed(c.seed)
     self.upd = None if c.method in DENSE else Updater(
-        self.model, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, generator=g)
+        self.model, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
+        accumulate=c.accumulate, part=c.part, regroup=c.regroup, generator=g)
     self.net = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(
         self.model, device_ids=[self.device.index] if self.device.type == 'cuda' else None, broadcast_buffers=False)
 
@@ -656,7 +670,7 @@ def fit(self:Trainer)->dict: # what `summary.json` holds
 def result(self:Trainer)->dict:
     "The run in a few numbers"
     c, s = self.config, summary(self.model)
-    return dict(best_acc=self.best['acc'], best_epoch=self.best['epoch'], final_acc=self.history[-1]['test_acc'], method=c.method, density=s.density,
+    return dict(best_acc=self.best['acc'], best_epoch=self.best['epoch'], final_acc=self.history[-1]['test_acc'], method=c.method, rule=self.upd.rule.__name__ if self.upd and self.upd.grow else None, density=s.density,
                 sparsity=c.sparsity, block_size=c.block_size, distribution=c.distribution, model=c.model, data_set=c.data_set, epochs=self.epoch,
                 steps=self.step, seed=c.seed, active=s.active,
                 structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
