@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['row_distance', 'group_rows', 'entry_norms', 'cut_blocks', 'choose_blocks', 'extract_blocks', 'scores_with_grown',
-           'kept_score', 'swap_rows', 'refine_blocks']
+           'kept_score', 'swap_rows', 'refine_blocks', 'diminish', 'channels_of', 'cover_blocks']
 
 # %% ../nbs/02_extract.ipynb #59cd38fa
 import torch
@@ -228,3 +228,43 @@ def refine_blocks(
         s,old = cut_blocks(worth, rows, s.n_blocks, s.block_size, s.shape, n_short),s
         if torch.equal(rows, old.rows): break
     return s
+
+# %% ../nbs/02_extract.ipynb #cb50650c
+def diminish(
+    worth:Tensor,     # (n,) not negative
+    channel:Tensor,   # (n,) int64, input channel of each
+    uses:Tensor=None, # (channels,) columns of each channel that are taken already
+)->Tensor: # (n,) `worth` over the number of its channel's columns up to it
+    "Worth with diminishing returns: the j-th best of a channel counts 1/j"
+    order = worth.sort(descending=True, stable=True).indices
+    by = channel[order].sort(stable=True)                       # channel after channel, the best first
+    count = channel.bincount()
+    first = count.cumsum(0)-count
+    rank = torch.empty_like(order)
+    rank[order[by.indices]] = torch.arange(len(worth), device=worth.device) - first[by.values]
+    if uses is not None: rank = rank + uses[channel]
+    return worth/(1+rank)
+
+# %% ../nbs/02_extract.ipynb #3212469b
+def channels_of(
+    s_rows:Tensor, B:int, # row slots of the groups, block size
+    shape:tuple,     # (O, K)
+    taps:int=1,      # columns of each input channel: the kernel's positions
+    groups:int=1,    # convolution groups, each with channels of its own
+)->Tensor: # (G, K) int64
+    "Input channel of each column, for each row group"
+    O,K = shape
+    first = s_rows.view(-1,B)[:,0].long()//(O//groups)          # the convolution group
+    return first[:,None]*(K//taps) + torch.arange(K, device=s_rows.device)//taps
+
+def cover_blocks(
+    scores:Tensor,  # (O, K), not negative
+    rows:Tensor,    # (G·B,) row slots
+    n_blocks:int, block_size:int, # blocks to choose, B
+    n_short:int=0,  # blocks of each short group
+    taps:int=1, groups:int=1, # as in `channels_of`
+)->ShuffledBlocks:
+    "Best blocks for given row groups, with diminishing returns for each input channel"
+    worth,shape = _column_norms(scores, rows, block_size),tuple(scores.shape)
+    channel = channels_of(rows, block_size, shape, taps, groups)
+    return cut_blocks(diminish(worth.view(-1), channel.view(-1)).view_as(worth), rows, n_blocks, block_size, shape, n_short)
