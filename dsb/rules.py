@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'plan_drops', 'confirm_drops', 'largest', 'Collector', 'grow_by_gradient', 'grow_at_random', 'Change',
-           'entries', 'paper', 'columns', 'saliency', 'swap']
+           'entries', 'paper', 'columns', 'saliency', 'cover', 'swap']
 
 # %% ../nbs/13_rules.ipynb #89c166a8
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import patch
 from .structure import Structure, ShuffledBlocks, Unstructured
-from .extract import _column_norms, _column_sums, cut_blocks, entry_norms, group_rows, refine_blocks
+from .extract import _column_norms, _column_sums, channels_of, cut_blocks, diminish, entry_norms, group_rows, refine_blocks
 
 # %% ../nbs/13_rules.ipynb #acd979f0
 def plan_drops(
@@ -142,7 +142,7 @@ def entries(
     f:float,             # share of the active weights to drop
     seen:Collector=None, # of this step's gradient; None: grow at random
     generator:torch.Generator=None, # for that, on the CPU
-    groups:int=1,        # convolution groups; of no importance here
+    groups:int=1, taps:int=1, # convolution groups, positions of the kernel; of no importance here
 )->Change:
     "RigL with gradients, SET without: the smallest entries go, the best come"
     drop = plan_drops(values, s, int(f*s.nnz))
@@ -165,7 +165,7 @@ def _grown_worth(
 
 def paper(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`
-    groups:int=1, # convolution groups
+    groups:int=1, taps:int=1, # convolution groups, positions of the kernel
 )->Change:
     "The published rule: confirmed drops, best entries, blocks extracted anew"
     planned = plan_drops(values, s, int(f*s.nnz))
@@ -184,20 +184,34 @@ def _n_short(s:ShuffledBlocks)->int:
 # %% ../nbs/13_rules.ipynb #c80236d7
 def _exchange(
     s:ShuffledBlocks,
-    worth:Tensor,     # (n_blocks·B,) of the active columns; the smallest go
-    f:float,          # share to drop
+    worth:Tensor,      # (n_blocks·B,) of the active columns; the smallest go
+    f:float,           # share to drop
     candidates:Tensor, # (G, K) float, not negative, worth of inactive columns
+    channel:Tensor=None, # (G, K) input channel of each column, whose further columns count less
 )->Change:
     "Drop the active columns of least worth, fill up with the best inactive ones"
     at = s.col_group*s.shape[1] + s.cols.long()
-    out = worth.sort(stable=True).indices[:int(f*len(worth))]
-    key = candidates.reshape(-1).clone().index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
+    key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
+    if channel is not None: worth = diminish(worth, channel.view(-1)[at])
+    order = worth.sort(stable=True).indices
+    out,stay = order.tensor_split([int(f*len(worth))])
+    if channel is not None: key = diminish(key, channel.view(-1), _uses(channel, at[stay]))
+    key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
     new = cut_blocks(key, s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
-    drop = torch.zeros_like(worth, dtype=torch.bool).index_fill_(0, out, True)[:,None].expand(-1,s.block_size)
+    return Change(new, *_dropped(s, out), _new_entries(at, new))
+
+def _uses(channel, at): # (channels,) columns of each channel among those at `at`
+    return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
+
+def _dropped(s, out): # (bool like the values, how many) of columns
+    drop = torch.zeros(len(s.cols), dtype=torch.bool, device=out.device).index_fill_(0, out, True)[:,None].expand(-1,s.block_size)
     drop = (drop & (s.index()>=0) if s.padded else drop).contiguous()
-    was = torch.zeros_like(key, dtype=torch.bool).view(-1).index_fill_(0, at, True)
-    grown = new.index()[~was[new.col_group*s.shape[1] + new.cols.long()]].view(-1)
-    return Change(new, drop, int(drop.sum()), grown[grown>=0])
+    return drop,int(drop.sum())
+
+def _new_entries(at, new): # flat positions of the columns of `new` that are not among those at `at`
+    was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
+    i = new.index()[~was[new.col_group*new.shape[1] + new.cols.long()]].view(-1)
+    return i[i>=0]
 
 def _candidates(s, seen, generator):
     if seen: return seen.norm.float()
@@ -209,7 +223,7 @@ def _per_row(t, s): # (n_blocks·B,), from one number for each column to its mea
 
 def columns(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`; the collector keeps columns
-    groups:int=1, # convolution groups; rows stay where they are
+    groups:int=1, taps:int=1, # convolution groups, positions of the kernel
 )->Change:
     "Columns of least norm go, columns of largest gradient norm come"
     worth = _per_row(values.detach().float().square().sum(1), s)
@@ -219,12 +233,22 @@ def columns(
 # %% ../nbs/13_rules.ipynb #fe95ac66
 def saliency(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `columns`
-    groups:int=1, # convolution groups; rows stay where they are
+    groups:int=1, taps:int=1, # convolution groups, positions of the kernel
 )->Change:
     "Columns of least |w·g| go, columns of largest gradient norm come"
     if seen is None: raise ValueError("rule='saliency' needs gradients: use grow='gradient' or 'norm', or rule='columns'")
     worth = _per_row((values.detach()*seen.gradient).abs().float().sum(1), s)
     return _exchange(s, worth, f, _candidates(s, seen, generator))
+
+# %% ../nbs/13_rules.ipynb #1dc4d5e3
+def cover(
+    s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `columns`
+    groups:int=1, taps:int=1, # convolution groups, positions of the kernel
+)->Change:
+    "As `columns`, with diminishing returns for each input channel"
+    worth = _per_row(values.detach().float().square().sum(1), s).sqrt_()
+    channel = channels_of(s.rows, s.block_size, s.shape, taps, groups)
+    return _exchange(s, worth, f, _candidates(s, seen, generator), channel)
 
 # %% ../nbs/13_rules.ipynb #a13c493d
 def _dense_worth(s, values, drop, grown): # (O, K)
@@ -233,7 +257,7 @@ def _dense_worth(s, values, drop, grown): # (O, K)
 
 def swap(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`
-    groups:int=1, # convolution groups
+    groups:int=1, taps:int=1, # convolution groups, positions of the kernel
 )->Change:
     "Smallest entries go, best entries come, rows and columns are chosen in turn from where they stand"
     drop = plan_drops(values, s, int(f*s.nnz))
@@ -249,4 +273,4 @@ def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where th
     if worth[new.mask()].sum() > (1+gain)*worth[same.mask()].sum(): return Change(new, drop, int(drop.sum()), grown)
 
 # %% ../nbs/13_rules.ipynb #5f0de51b
-RULES = dict(paper=(paper,'entries'), columns=(columns,'columns'), saliency=(saliency,'columns'), swap=(swap,'entries'))   # what the collector keeps for them
+RULES = dict(paper=(paper,'entries'), columns=(columns,'columns'), saliency=(saliency,'columns'), cover=(cover,'columns'), swap=(swap,'entries'))   # what the collector keeps for them

@@ -6,7 +6,7 @@
 __all__ = ['sparsify', 'sparse_layers', 'Row', 'Summary', 'summary', 'densify']
 
 # %% ../nbs/12_sparsify.ipynb #cb3d4a09
-import copy
+import copy, math
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .structure import Structure, Unstructured
-from .extract import extract_blocks
+from .extract import cover_blocks, extract_blocks, group_rows
 from .density import Budget, budgets, one_of
 from .layers import SparseLayer, SparseLinear, SparseConv2d
 from .ops import why_not
@@ -60,15 +60,17 @@ def _pick_structure(
     b:Budget,        # how many
     block_size:int,  # B, 0 for single entries
     groups:int,      # convolution groups
-    start:str,       # 'magnitude' or 'random'
+    start:str,       # 'magnitude', 'random' or 'cover'
     generator,       # for random places
+    taps:int=1,      # positions of the kernel
 )->Structure:
     "Structure of a layer before training"
-    score = w.abs() if start=='magnitude' else torch.rand(w.shape, generator=generator, device=generator.device if generator else 'cpu').to(w.device)
+    score = w.abs() if start!='random' else torch.rand(w.shape, generator=generator, device=generator.device if generator else 'cpu').to(w.device)
     score = score.float()
     top = score.reshape(-1).topk(b.active).indices
     if not block_size: return Unstructured(top.sort().values, w.shape, check=False)
     mask = torch.zeros(w.numel(), dtype=torch.bool, device=w.device).index_fill_(0, top, True).view(w.shape)
+    if start=='cover': return cover_blocks(score, group_rows(mask, block_size, groups), b.n_blocks, block_size, b.n_short, taps, groups)
     return extract_blocks(score, b.n_blocks, block_size, mask, groups, b.n_short)
 
 # %% ../nbs/12_sparsify.ipynb #c046b316
@@ -100,7 +102,8 @@ def _check_sparsify(model, block_size, init, start):
     if not isinstance(block_size, int) or not (block_size==0 or 2<=block_size<=256):
         raise ValueError(f'block_size={block_size}: expected 0 (unstructured) or a whole number from 2 to 256; 16 is a good start')
     one_of(init, ('keep','fan_in'), 'init')
-    one_of(start, (None,'magnitude','random'), 'start')
+    one_of(start, (None,'magnitude','random','cover'), 'start')
+    if start=='cover' and not block_size: raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; use 'random' or 'magnitude'")
     if any(isinstance(m, SparseLayer) for m in model.modules()): raise ValueError('the model is sparse already: sparsify a dense one, or densify it first')
     if not _candidates(model): raise ValueError('nothing to make sparse: the model has no nn.Conv2d or nn.Linear')
 
@@ -113,7 +116,7 @@ def sparsify(
     dense=None,          # modules that stay dense: names, types or a predicate of (name, module); None: the distribution's choice
     generator:torch.Generator=None, # for random starts
     init:str='keep',     # 'keep' the initial values, or scale them to the active 'fan_in'
-    start:str=None,      # places that start active: 'magnitude' (default for blocks) or 'random' (default for B=0)
+    start:str=None,      # places that start active: 'magnitude' (default for blocks), 'random' (default for B=0), or 'cover' (blocks; largest, and every input channel is read)
 )->nn.Module: # the model; a new layer if `model` itself is one
     "Replace linear and convolution layers by sparse ones with a given total density"
     _check_sparsify(model, block_size, init, start)
@@ -126,7 +129,7 @@ def sparsify(
     for n,b in plan.items():
         if b.active==b.size: continue
         w = mods[n].weight.detach().flatten(1)
-        new[mods[n]] = _twin(mods[n], _pick_structure(w, b, block_size, groups[n], start, generator))
+        new[mods[n]] = _twin(mods[n], _pick_structure(w, b, block_size, groups[n], start, generator, math.prod(getattr(mods[n],'kernel_size',()))))
         if init=='fan_in': _rescale_fan_in(new[mods[n]])
     model = _swap(model, new)
     model.dsb_reasons = {n:stay.get(n) or b.reason for n,b in plan.items() if b.active==b.size}

@@ -87,7 +87,7 @@ class Run:
 # %% ../nbs/22_sweep.ipynb #76c072ca
 _STILL = ('T', 'T_end', 'alpha', 'rule', 'grow', 'accumulate', 'part', 'regroup')   # of updates
 _BLOCKS = ('rule', 'grow', 'regroup')                                                        # of updates of blocks
-IGNORED = {'dense': ('sparsity', 'block_size', 'distribution', *_STILL), 'small-dense': ('block_size', 'distribution', *_STILL), 'ssb': _STILL,
+IGNORED = {'dense': ('sparsity', 'block_size', 'distribution', 'start', *_STILL), 'small-dense': ('block_size', 'distribution', 'start', *_STILL), 'ssb': _STILL,
            'static': ('block_size', *_STILL), 'set': ('block_size', *_BLOCKS), 'rigl': ('block_size', *_BLOCKS), 'dsb': ()}
 
 def _check_types(values):

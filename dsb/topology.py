@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_RULE', 'Move', 'check_update', 'Updater', 'pack_mask', 'unpa
 # %% ../nbs/13_topology.ipynb #72e304c2
 import torch
 import torch.nn.functional as F
-import weakref
+import math, weakref
 from torch import Tensor
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -270,7 +270,7 @@ def _update_layer(self:Updater, name, m, f):
     s,v,seen = m.structure,m.values.detach(),m.collect
     line = LayerReport(name, s.shape[0]*s.shape[1], s.nnz)
     if self.grow=='random' or seen.active is not None:               # None: the layer took no part in this step
-        c = self.rule(s, v, f, seen, self.generator, getattr(m,'groups',1))
+        c = self.rule(s, v, f, seen, self.generator, getattr(m,'groups',1), math.prod(getattr(m,'kernel_size',())))
         line.planned,line.confirmed,line.grown = c.planned,int(c.drop.sum()),len(c.grown)
         if line.confirmed: self._apply(name, m, c, line)
     line.ever = _count(self.ever[name])

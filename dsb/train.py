@@ -98,6 +98,7 @@ class TrainConfig:
     sparsity:float=None        # share of zero weights, in [0,1), or of those that `small-dense` lacks; None: .9, or 0 for dense
     block_size:int=None        # None: 16 for `dsb` and `ssb`, else 0
     distribution:str='erk'     # 'erk', 'er' or 'uniform': how the sparsity is shared out
+    start:str=None             # 'magnitude', 'random' or 'cover': places that start active; None: as `sparsify`
     T:int=100                  # steps between two topology updates
     T_end:int=None             # step at which updates end; None: min(75000, 3/4 of the planned steps)
     alpha:float=.3             # drop fraction at step 0
@@ -167,7 +168,10 @@ def complete(self:TrainConfig):
 @patch
 def _check_update(self:TrainConfig):
     "Raise unless the settings of updates go together"
-    if self.method not in DENSE: check_update(self.method, self.T, self.rule, self.grow, self.accumulate, self.part, self.regroup)
+    one_of(self.start, (None, 'magnitude', 'random', 'cover'), 'start')
+    if self.method not in DENSE:
+        check_update(self.method, self.T, self.rule, self.grow, self.accumulate, self.part, self.regroup)
+        if self.start == 'cover' and not self.block_size: raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; use random or magnitude")
     elif self.rule or self.grow:
         raise ValueError(f"{'rule' if self.rule else 'grow'}={self.rule or self.grow!r} with method={self.method!r}: a dense network has no updates, leave it out")
 
@@ -339,7 +343,7 @@ def build_model(
         model = create_model(config.model, dropout=config.dropout, width=width_of(config, shape), **shape)
     if config.method in DENSE: return model
     g = torch.Generator().manual_seed(config.seed)
-    return sparsify(model, config.sparsity, config.block_size, config.distribution, generator=g)
+    return sparsify(model, config.sparsity, config.block_size, config.distribution, generator=g, start=config.start)
 
 # %% ../nbs/21_train.ipynb #f3d41db1
 class Trainer:
