@@ -188,25 +188,28 @@ def _exchange(
     f:float,           # share to drop
     candidates:Tensor, # (G, K) float, not negative, worth of inactive columns
     channel:Tensor=None, # (G, K) input channel of each column, whose further columns count less
+    sure:float=torch.inf, # drop only what is worth less than so much of the median
 )->Change:
     "Drop the active columns of least worth, fill up with the best inactive ones"
     at = s.col_group*s.shape[1] + s.cols.long()
     key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
     if channel is not None: worth = diminish(worth, channel.view(-1)[at])
     order = worth.sort(stable=True).indices
-    out,stay = order.tensor_split([int(f*len(worth))])
+    n = int(f*len(worth))
+    weak = int((worth[order[:n]] < sure*worth.median()).sum()) if sure<torch.inf else n
+    out,stay = order.tensor_split([weak])
     if channel is not None: key = diminish(key, channel.view(-1), _uses(channel, at[stay]))
     key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
     new = cut_blocks(key, s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
-    return Change(new, *_dropped(s, out), _new_entries(at, new))
+    drop = _dropped(s, out)
+    return Change(new, drop, int(drop.sum()) if weak==n else n*s.block_size, _new_entries(at, new))
 
 def _uses(channel, at): # (channels,) columns of each channel among those at `at`
     return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
 
-def _dropped(s, out): # (bool like the values, how many) of columns
+def _dropped(s, out): # bool like the values, of columns
     drop = torch.zeros(len(s.cols), dtype=torch.bool, device=out.device).index_fill_(0, out, True)[:,None].expand(-1,s.block_size)
-    drop = (drop & (s.index()>=0) if s.padded else drop).contiguous()
-    return drop,int(drop.sum())
+    return (drop & (s.index()>=0) if s.padded else drop).contiguous()
 
 def _new_entries(at, new): # flat positions of the columns of `new` that are not among those at `at`
     was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
@@ -245,10 +248,10 @@ def cover(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `columns`
     groups:int=1, taps:int=1, # convolution groups, positions of the kernel
 )->Change:
-    "As `columns`, with diminishing returns for each input channel"
+    "Clearly weak columns go, with diminishing returns for each input channel; the best come, unread channels first"
     worth = _per_row(values.detach().float().square().sum(1), s).sqrt_()
     channel = channels_of(s.rows, s.block_size, s.shape, taps, groups)
-    return _exchange(s, worth, f, _candidates(s, seen, generator), channel)
+    return _exchange(s, worth, f, _candidates(s, seen, generator), channel, .5)
 
 # %% ../nbs/13_rules.ipynb #a13c493d
 def _dense_worth(s, values, drop, grown): # (O, K)
