@@ -329,13 +329,17 @@ def bench_command(
 
 # %% ../nbs/23_cli.ipynb #f492abd0
 def _sweep_parser():
-    p = Parser(prog='dsb sweep', usage='dsb sweep FILE [options]', formatter_class=_Help, description="Do the runs of a file that are not done yet, one line of JSON for each")
+    p = Parser(prog='dsb sweep', usage='dsb sweep FILE [options]', formatter_class=_Help,
+               description='Do the runs of a file that are not done yet, and write a line of JSON for each. A small FILE: {"common": {"data_set": "digits"}, '
+                           '"methods": {"dense": {"method": "dense"}, "dsb": {"method": "dsb"}}, "grid": {"seed": [0, 1], "sparsity": [0.9]}}')
     p.add_argument('file', metavar='FILE', help='JSON with the objects common, methods and grid, each of options of dsb train')
     p.add_argument('--jobs', type=int, metavar='N', default=1, help='runs at once (default 1)')
     p.add_argument('--threads', type=int, metavar='N', help='threads of each run; default: the cores over --jobs')
     p.add_argument('--out', metavar='FILE', help='file of results; default FILE with the suffix .jsonl')
     p.add_argument('--only', action='append', default=[], metavar='KEY=V[,V]', help='only runs with these values, such as label=dsb,set or sparsity=.9; may be given several times')
     p.add_argument('--list', action='store_true', help='print the runs and how far each is, and do nothing')
+    p.add_argument('--table', action='store_true', help='print the accuracies of the runs that are done, mean and 95 %% interval, and do nothing')
+    p.add_argument('--against', metavar='LABEL', help='the table, and the differences against this method, seed by seed')
     return p
 
 def sweep_command(
@@ -346,7 +350,9 @@ def sweep_command(
     try:
         from dsb.sweep import Sweep
         sweep = Sweep(args.file, args.out, args.only)
-        if args.list: print(sweep); return 0
+        if args.list or args.table or args.against:
+            print(sweep.table(args.against) if args.table or args.against else sweep)
+            return 0
         failed = sweep.run(args.jobs, args.threads, say=lambda line: print(line, flush=True))
     except ValueError as e: fail(e)
     except KeyboardInterrupt as e:

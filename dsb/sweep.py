@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'FIELDS', 'IGNORED', 'check_spec', 'read_sweep', 'Run', 'make_run', 'sweep_runs', 'chosen', 'differs',
            'command', 'commit', 'movement', 'read_lines', 'append_line', 'SweepTrainer', 'make_trainer', 'came_of_it',
-           'made_with', 'work', 'Sweep', 'Worker', 'start_worker', 'line_of', 'share_of_cores']
+           'made_with', 'work', 'Sweep', 'Worker', 'start_worker', 'line_of', 'share_of_cores', 'Cell', 'cell', 'cells',
+           'by_seed', 'paired', 'SweepTable', 'plot_accuracy', 'plot_paired']
 
 # %% ../nbs/22_sweep.ipynb #3a742d07
-import json, os, re, shlex, shutil, signal, subprocess, sys, threading, time
+import json, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from .bench import processor
+from .bench import _table, processor
 from .density import one_of
 from .models import create_model
+from .plot import _INK, _NEW, _SOFT, _figure, _plain
 from .train import DENSE, MAY_CHANGE, Interrupted, Signals, Trainer, TrainConfig, _data_shape, _write_text
 from .tune import tune
 
@@ -297,7 +299,7 @@ class Sweep:
         self.path = Path(path)
         self.out = Path(out or self.path.with_suffix('.jsonl'))
         self.folder = self.out.with_name(self.out.stem + '.runs')
-        if self.out.resolve() == self.path.resolve(): raise ValueError(f"{path} would be its own file of results: name it .json, or give another --out")
+        if self.out.resolve() == self.path.resolve(): raise ValueError(f"{path} says what to run, and results would be written into it: give another --out")
         spec = read_sweep(path)
         try: self.runs = chosen(sweep_runs(spec), only)
         except ValueError as e: raise ValueError(f"{path}: {e}") from None
@@ -308,9 +310,9 @@ def read(self:Sweep):
     "Look at the lines and folders there are, and refuse those of another config"
     self.lines = {frozenset(l['run'].items()): l for l in (read_lines(self.out) if self.out.exists() else [])}
     for r in self.runs:
-        line, begun = self.lines.get(r.id), self.folder/r.name/'config.json'
+        line, begun = self.lines.get(r.id), self.folder/r.name
         if line and 'error' not in line: _agree(r, line['config'], self.out, 'give another --out, or take its line out of the file')
-        elif begun.exists(): _agree(r, differs(json.loads(begun.read_text())), begun.parent, 'give another --out, or remove the folder')
+        elif (begun/'last.pt').exists(): _agree(r, differs(json.loads((begun/'config.json').read_text())), begun, 'give another --out, or remove the folder')
 
 # %% ../nbs/22_sweep.ipynb #4ef7e777
 def _agree(run, there, where, remedy):
@@ -468,3 +470,180 @@ def _loop(self:Sweep, todo, jobs, threads, say, signals):
             time.sleep(.05)
     finally:
         for w in running: w.process.kill()
+
+# %% ../nbs/22_sweep.ipynb #2b6af47c
+class Cell(NamedTuple):
+    "Some runs of the same kind"
+    n:int      # number of runs
+    mean:float # of their values
+    sd:float   # standard deviation over n-1; nan for one run
+    @property
+    def half(self)->float: # half of the 95 % interval of the mean; nan for one run
+        from scipy.stats import t
+        return float(t.ppf(.975, self.n-1))*self.sd/self.n**.5 if self.n > 1 else math.nan
+    def __str__(self): return f'{100*self.mean:.2f}' + (f' ± {100*self.half:.2f}' if self.n > 1 else '')
+
+def cell(
+    values, # numbers, one at least
+)->Cell:
+    "Number, mean and standard deviation"
+    values = list(values)
+    return Cell(len(values), mean(values), stdev(values) if len(values) > 1 else math.nan)
+
+# %% ../nbs/22_sweep.ipynb #1300bd94
+def cells(
+    lines:list,              # from `read_lines`
+    by=('label', 'sparsity'), # keys whose values make a cell
+    value:str='final_acc',   # number of a run's result
+)->dict: # values of the keys -> `Cell`
+    "Mean, standard deviation and number of runs of each kind"
+    found = {}
+    for l in lines:
+        if 'error' not in l: found.setdefault(tuple(l['run'].get(k) for k in by), []).append(l['result'][value])
+    return {k: cell(v) for k, v in found.items()}
+
+# %% ../nbs/22_sweep.ipynb #1b751824
+def by_seed(
+    lines:list,     # from `read_lines`
+    label:str,      # of the method
+    sparsity:float, # of its runs; those of a dense method count at every sparsity
+    value:str='final_acc', # number of a run's result
+)->dict: # seed -> value
+    "The runs of a method at a sparsity"
+    mine = [l for l in lines if l['run']['label'] == label and 'error' not in l]
+    mine = [l for l in mine if l['run']['sparsity'] in (sparsity, 0)]
+    seeds = {l['run']['seed']: l['result'][value] for l in mine}
+    if len(seeds) < len(mine):
+        more = sorted({k for l in mine for k in l['run']} - {'label', 'sparsity', 'seed'})
+        raise ValueError(f"{label}, sparsity {sparsity}: several runs of one seed, which differ in {', '.join(more)}; pass the lines of one kind only")
+    return seeds
+
+def paired(
+    lines:list,     # from `read_lines`
+    a:str,          # label
+    b:str,          # label
+    sparsity:float, # of both, or of the one that has one
+    value:str='final_acc', # number of a run's result
+)->Cell: # None where they have no seed in common
+    "The differences `a` - `b` between runs of the same seed"
+    x, y = (by_seed(lines, label, sparsity, value) for label in (a, b))
+    common = [s for s in x if s in y]
+    return cell(x[s] - y[s] for s in common) if common else None
+
+# %% ../nbs/22_sweep.ipynb #8371362a
+class SweepTable:
+    "Accuracy of methods by sparsity, and paired differences against one of them"
+    def __init__(self,
+        lines:list,       # from `read_lines`
+        against:str=None, # label; None: no differences
+        value:str='final_acc', # number of a run's result
+    ):
+        self.lines, self.against, self.value = [l for l in lines if 'error' not in l], against, value
+        self.labels = list(dict.fromkeys(l['run']['label'] for l in self.lines))
+        self.sparsities = sorted({l['run']['sparsity'] for l in self.lines})
+        if against is not None: one_of(against, self.labels, 'against')
+
+@patch
+def rows(self:SweepTable)->list: # of lists of strings, the head first
+    "The accuracies"
+    found = cells(self.lines, value=self.value)
+    return _rows('accuracy, %', self.sparsities, {l: [found.get((l, s)) for s in self.sparsities] for l in self.labels})
+
+@patch
+def differences(self:SweepTable)->list: # of lists of strings, the head first
+    "The paired differences, in points"
+    at = [s for s in self.sparsities if s] or self.sparsities
+    return _rows(f'minus {self.against}', at, {l: [paired(self.lines, l, self.against, s, self.value) for s in at] for l in self.labels if l != self.against})
+
+def _rows(head, sparsities, found):
+    "Rows of a table from label -> a `Cell` or None for each sparsity"
+    most = max((c.n for cs in found.values() for c in cs if c), default=0)
+    text = lambda c: '' if c is None else str(c) + f' ({c.n})'*(c.n < most)
+    return [[head] + [f'{s:g}' if s else 'dense' for s in sparsities], *([l, *map(text, cs)] for l, cs in found.items())]
+
+# %% ../nbs/22_sweep.ipynb #06770ab7
+@patch
+def _parts(self:SweepTable): return [self.rows()] + ([self.differences()] if self.against is not None else [])
+
+@patch
+def _repr_markdown_(self:SweepTable):
+    line = lambda o: '| ' + ' | '.join(o) + ' |'
+    return '\n\n'.join('\n'.join([line(head), '|---' + '|--:'*(len(head)-1) + '|', *map(line, rows)]) for head, *rows in self._parts())
+
+@patch
+def __repr__(self:SweepTable): return '\n\n'.join(map(_table, self._parts()))
+
+# %% ../nbs/22_sweep.ipynb #8fba9b51
+@patch
+def table(self:Sweep,
+    against:str=None, # label; None: no differences
+)->SweepTable:
+    "What the runs that are done say together"
+    lines = [self.lines[r.id] for r in self.runs if self.state(r) == 'done']
+    if not lines: raise ValueError(f"no run of {self.path} is done, at least not in {self.out}: run the sweep first, or name its file of results with --out")
+    return SweepTable(lines, against)
+
+# %% ../nbs/22_sweep.ipynb #f19e91d5
+_COLORS = (_INK, _NEW, '#2a9d8f', '#8e6bbf', '#c99700', '#4f8fd0', '#b0476f', '#6b7a45', '#7f7f7f')
+
+def _colors(labels): return {l: _COLORS[i % len(_COLORS)] for i, l in enumerate(labels)}
+
+def plot_accuracy(
+    lines:list,      # from `read_lines`
+    labels=None,     # methods to draw, in this order; None: all
+    value:str='final_acc', # number of a run's result
+):
+    "Accuracy of each method over sparsity, with 95 % intervals; a dense method is a band"
+    t = SweepTable(lines, value=value)
+    labels, found = list(labels or t.labels), cells(t.lines, value=value)
+    at = [s for s in t.sparsities if s]
+    fig = _figure(8, 3.8)
+    ax = _plain(fig.subplots(), '', 'sparsity', 'test accuracy, %')
+    sparse = [l for l in labels if (l, 0) not in found]
+    for l in labels:
+        if l in sparse: _draw_method(ax, [found.get((l, s)) for s in at], l, _colors(labels)[l], .5*((sparse.index(l) + .5)/len(sparse) - .5))
+        else: _draw_band(ax, found[l, 0], l, _colors(labels)[l], len(at))
+    ax.set_xticks(range(len(at)), [f'{s:g}' for s in at])
+    fig.legend(loc='outside right center', fontsize=8, frameon=False)
+    return fig
+
+# %% ../nbs/22_sweep.ipynb #b58410b0
+def _draw_method(ax, found, label, color, shift):
+    "A `Cell` or None for each sparsity, joined by a line"
+    points = [(i + shift, c) for i, c in enumerate(found) if c]
+    x, y = [p for p, _ in points], [100*c.mean for _, c in points]
+    ax.errorbar(x, y, yerr=[100*c.half if c.n > 1 else 0 for _, c in points], color=color, label=label, fmt='o-', ms=4, lw=1, elinewidth=1.4, capsize=2)
+
+def _draw_band(ax, c, label, color, n):
+    "A method without sparsity"
+    ax.axhline(100*c.mean, color=color, lw=1, ls='--', label=label)
+    if c.n > 1: ax.axhspan(100*(c.mean - c.half), 100*(c.mean + c.half), color=color, alpha=.1, lw=0)
+    ax.set_xlim(-.5, max(n, 1) - .5)
+
+# %% ../nbs/22_sweep.ipynb #2813ef46
+def plot_paired(
+    lines:list,      # from `read_lines`
+    against:str,     # label
+    labels=None,     # methods to draw, from top to bottom; None: all others
+    margins=(),      # differences of accuracy to mark, such as -.005
+    value:str='final_acc', # number of a run's result
+):
+    "Paired differences against a method, with 95 % intervals"
+    t = SweepTable(lines, against, value)
+    labels, at = [l for l in labels or t.labels if l != against], [s for s in t.sparsities if s] or t.sparsities
+    fig = _figure(max(4, 1.2 + 2.6*len(at)), 1.1 + .3*len(labels))
+    axs = fig.subplots(1, len(at), sharey=True, sharex=True, squeeze=False)[0]
+    for ax, s in zip(axs, at):
+        _plain(ax, f'sparsity {s:g}' if s else '', f'minus {against}, points')
+        ax.axvline(0, color=_INK, lw=.8)
+        for m in margins: ax.axvline(100*m, color=_NEW, lw=.8, ls='--')
+        for y, l in enumerate(labels): _draw_pair(ax, y, by_seed(t.lines, l, s, value), by_seed(t.lines, against, s, value), paired(t.lines, l, against, s, value))
+    axs[0].set_yticks(range(len(labels)), labels)
+    axs[0].set_ylim(len(labels) - .4, -.6)
+    return fig
+
+def _draw_pair(ax, y, mine, other, c):
+    "One line of `plot_paired`"
+    if c is None: return
+    ax.plot([100*(mine[s] - other[s]) for s in mine if s in other], [y + .25]*c.n, '.', color=_SOFT, ms=4)
+    ax.errorbar(100*c.mean, y, xerr=100*c.half if c.n > 1 else None, color=_INK, fmt='o', ms=4, elinewidth=1.4, capsize=2)
