@@ -44,7 +44,7 @@ class Move:
 # %% ../nbs/13_topology.ipynb #31a8d92a
 _methods = dict(dsb=(True,'gradient'), ssb=(True,None), rigl=(False,'gradient'), set=(False,'random'), static=(False,None))   # blocks?, grow
 _no_relayout = 'LBFGS','Adafactor','Muon','SparseAdam'
-DEFAULT_RULE = 'columns'
+DEFAULT_RULE = 'cover'
 
 def _grow_rule(method, grow):
     "How `method` grows; `grow` may ask for something else where there is a choice"
