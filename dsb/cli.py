@@ -342,6 +342,7 @@ def _sweep_parser():
     p.add_argument('--against', metavar='LABEL', help='the table, and the differences against this method, seed by seed')
     return p
 
+# %% ../nbs/23_cli.ipynb #2ce6733e
 def sweep_command(
     argv:list, # the words after `dsb sweep`
 )->int:        # exit status

@@ -214,6 +214,7 @@ def _parts(path):
         else: raise ValueError(f"{path}: line {i+1} is no line of a sweep; remove it, or give another --out")
     return lines, good
 
+# %% ../nbs/22_sweep.ipynb #146bc5ee
 def read_lines(
     path, # file of results
 )->list:  # an object a run, in the order in which they ended
@@ -323,9 +324,10 @@ def _agree(run, there, where, remedy):
         a, b = (d.get(k, DEFAULTS.get(k)) for d in (there, here))
         if a != b: raise ValueError(f"{run}: {where} has this run with {k}={a!r}, now it is {k}={b!r}; {remedy}")
 
+# %% ../nbs/22_sweep.ipynb #b886509e
 @patch
 def state(self:Sweep,
-    run:Run,
+    run:Run, # one of `runs`
 )->str: # 'done', 'failed', 'begun' or 'to do'
     "How far a run is"
     line = self.lines.get(run.id)
@@ -335,10 +337,14 @@ def state(self:Sweep,
 @patch
 def __repr__(self:Sweep):
     "The runs, and how far each is"
-    def note(r): l = self.lines.get(r.id, {}); return l['error'] if 'error' in l else f"{l['result']['final_acc']:.2%}, {_duration(l['seconds'])}" if l else ''
     states = [self.state(r) for r in self.runs]
     head = f"{self.out}: {states.count('done')} of {len(states)} runs done" + (f", {states.count('failed')} failed" if 'failed' in states else '')
-    return '\n'.join([head, *(f'{s:<7} {r}  {note(r)}'.rstrip() for s, r in zip(states, self.runs))])
+    return '\n'.join([head, *(f'{s:<7} {r}  {_came_to(self.lines.get(r.id))}'.rstrip() for s, r in zip(states, self.runs))])
+
+def _came_to(line):
+    "The end of a run in a few words"
+    if line is None: return ''
+    return line['error'] if 'error' in line else f"{line['result']['final_acc']:.2%}, {_duration(line['seconds'])}"
 
 def _duration(s):
     "Seconds in words"
@@ -347,10 +353,10 @@ def _duration(s):
 # %% ../nbs/22_sweep.ipynb #4340b562
 class Worker(NamedTuple):
     "A run that is running"
-    run:Run
-    folder:Path
-    process:subprocess.Popen
-    began:float # of `time.monotonic`
+    run:Run     # what it is
+    folder:Path # of the run
+    process:subprocess.Popen # that does it
+    began:float # when, by `time.monotonic`
 
 def start_worker(
     run:Run,     # to do
@@ -391,8 +397,8 @@ def close(self:Sweep,
     self.lines[w.run.id] = line
     if 'error' not in line: shutil.rmtree(w.folder)
     ended = sum(self.state(r) in ('done', 'failed') for r in self.runs)
-    what = f"failed: {line['error']}; see {w.folder}/log.txt" if 'error' in line else f"{line['result']['final_acc']:.2%}, {_duration(line['seconds'])}"
-    say(f"{ended:>{len(str(len(self.runs)))}}/{len(self.runs)} {w.run}: {what}")
+    failed = 'error' in line
+    say(f"{ended:>{len(str(len(self.runs)))}}/{len(self.runs)} {w.run}: {'failed: '*failed}{_came_to(line)}" + f"; see {w.folder}/log.txt"*failed)
 
 # %% ../nbs/22_sweep.ipynb #b73ca48a
 @patch
@@ -445,6 +451,7 @@ def run(self:Sweep,
     with _alone(self.out), Signals() as signals:
         self.read()
         todo = [r for r in self.runs if self.state(r) != 'done']
+        for r in todo: self.lines.pop(r.id, None)     # what failed counts when it has been tried again
         say(f"{self.path}: {len(self.runs) - len(todo)} of {len(self.runs)} runs done; results in {self.out}")
         self._loop(todo, jobs, threads or share_of_cores(jobs), say, signals)
     if signals.got: raise Interrupted(signals.got, f"stopped with {sum(self.state(r) == 'done' for r in self.runs)} of {len(self.runs)} runs done; the same command goes on")
@@ -469,7 +476,7 @@ def _loop(self:Sweep, todo, jobs, threads, say, signals):
                 if left and not told: say(f"  about {_duration(left)} left")
             time.sleep(.05)
     finally:
-        for w in running: w.process.kill()
+        for w in running: w.process.terminate()
 
 # %% ../nbs/22_sweep.ipynb #2b6af47c
 class Cell(NamedTuple):
@@ -543,6 +550,7 @@ class SweepTable:
         self.sparsities = sorted({l['run']['sparsity'] for l in self.lines})
         if against is not None: one_of(against, self.labels, 'against')
 
+# %% ../nbs/22_sweep.ipynb #b72ae4d9
 @patch
 def rows(self:SweepTable)->list: # of lists of strings, the head first
     "The accuracies"
@@ -563,15 +571,15 @@ def _rows(head, sparsities, found):
 
 # %% ../nbs/22_sweep.ipynb #06770ab7
 @patch
-def _parts(self:SweepTable): return [self.rows()] + ([self.differences()] if self.against is not None else [])
+def _tables(self:SweepTable): return [self.rows()] + ([self.differences()] if self.against is not None else [])
 
 @patch
 def _repr_markdown_(self:SweepTable):
     line = lambda o: '| ' + ' | '.join(o) + ' |'
-    return '\n\n'.join('\n'.join([line(head), '|---' + '|--:'*(len(head)-1) + '|', *map(line, rows)]) for head, *rows in self._parts())
+    return '\n\n'.join('\n'.join([line(head), '|---' + '|--:'*(len(head)-1) + '|', *map(line, rows)]) for head, *rows in self._tables())
 
 @patch
-def __repr__(self:SweepTable): return '\n\n'.join(map(_table, self._parts()))
+def __repr__(self:SweepTable): return '\n\n'.join(map(_table, self._tables()))
 
 # %% ../nbs/22_sweep.ipynb #8fba9b51
 @patch
