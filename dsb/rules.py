@@ -12,7 +12,7 @@ from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import patch
 from .structure import Structure, ShuffledBlocks, Unstructured
-from .extract import _column_norms, _column_sums, channels_of, cut_blocks, diminish, entry_norms, group_rows, refine_blocks
+from .extract import _column_norms, _column_sums, channels_of, cut_blocks, diminish, group_rows, refine_blocks
 
 # %% ../nbs/13_rules.ipynb #acd979f0
 def plan_drops(
@@ -150,18 +150,17 @@ def entries(
     return Change(Unstructured.from_mask(_mask_after(s, drop, grown)), drop, int(drop.sum()), grown)
 
 # %% ../nbs/13_rules.ipynb #5814deae
-def _grown_worth(
+def _scores_after(
     s:ShuffledBlocks, values:Tensor, # before the update
     drop:Tensor,   # bool, like `values`
     grown:Tensor,  # flat positions
-)->tuple: # (flat positions, scores) of the entries that stay and of those that grow
-    "Absolute values; grown entries get the mean of the positive ones"
-    at = s.index().view(-1)
-    stay = (~drop.view(-1) & (at>=0) if s.padded else ~drop.view(-1)).nonzero().view(-1)
-    size = values.detach().view(-1)[stay].abs().float()
+)->Tensor: # (O, K) float
+    "Absolute values of the entries that stay; those that grow get the mean of the positive ones"
+    size = values.detach().abs().float().masked_fill_(drop, 0)
+    if s.padded: size.masked_fill_(s.index()<0, 0)
     n = int((size>0).sum())
     mean = float(size.sum(dtype=torch.double))/n if n else 1.
-    return torch.cat([at[stay], grown]),torch.cat([size, size.new_full((len(grown),), mean)])
+    return s.scatter(size).view(-1).index_fill_(0, grown, mean).view(s.shape)
 
 def paper(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`
@@ -173,7 +172,7 @@ def paper(
     grown = _grow(s, drop, seen, generator)
     if not len(grown): return Change(s, drop, int(planned.sum()), grown)
     rows = group_rows(_mask_after(s, drop, grown), s.block_size, groups)
-    worth = entry_norms(*_grown_worth(s, values, drop, grown), rows, s.block_size, s.shape)
+    worth = _column_norms(_scores_after(s, values, drop, grown), rows, s.block_size)
     return Change(cut_blocks(worth, rows, s.n_blocks, s.block_size, s.shape, _n_short(s)), drop, int(planned.sum()), grown)
 
 def _n_short(s:ShuffledBlocks)->int:
@@ -254,10 +253,6 @@ def cover(
     return _exchange(s, worth, f, _candidates(s, seen, generator), channel, .5)
 
 # %% ../nbs/13_rules.ipynb #a13c493d
-def _dense_worth(s, values, drop, grown): # (O, K)
-    places,scores = _grown_worth(s, values, drop, grown)
-    return scores.new_zeros(s.shape[0]*s.shape[1]).index_copy_(0, places, scores).view(s.shape)
-
 def swap(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`
     groups:int=1, taps:int=1, # convolution groups, positions of the kernel
@@ -265,13 +260,13 @@ def swap(
     "Smallest entries go, best entries come, rows and columns are chosen in turn from where they stand"
     drop = plan_drops(values, s, int(f*s.nnz))
     grown = _grow(s, drop, seen, generator)
-    new = refine_blocks(_dense_worth(s, values, drop, grown), s, groups, _n_short(s))
+    new = refine_blocks(_scores_after(s, values, drop, grown), s, groups, _n_short(s))
     return Change(new, drop, int(drop.sum()), grown)
 
 def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where the present row groups are good enough
     drop = plan_drops(values, s, int(f*s.nnz))
     grown = _grow(s, drop, seen, None)
-    worth = _dense_worth(s, values, drop, grown)
+    worth = _scores_after(s, values, drop, grown)
     new,same = refine_blocks(worth, s, groups, _n_short(s)),cut_blocks(_column_sums(worth, s.rows, s.block_size), s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
     if worth[new.mask()].sum() > (1+gain)*worth[same.mask()].sum(): return Change(new, drop, int(drop.sum()), grown)
 
