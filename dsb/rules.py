@@ -130,6 +130,7 @@ class Change(NamedTuple):
     planned:int         # drops that were considered
     grown:Tensor        # flat positions that were chosen to grow; not all need be in the new structure
 
+# %% ../nbs/13_rules.ipynb #7741f644
 def _grow(s, drop, seen, generator):
     return grow_by_gradient(s, drop, seen) if seen else grow_at_random(s, drop, generator)
 
@@ -162,6 +163,7 @@ def _scores_after(
     mean = float(size.sum(dtype=torch.double))/n if n else 1.
     return s.scatter(size).view(-1).index_fill_(0, grown, mean).view(s.shape)
 
+# %% ../nbs/13_rules.ipynb #1a1c5eb7
 def paper(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `entries`
     groups:int=1, taps:int=1, # convolution groups, positions of the kernel
@@ -179,6 +181,19 @@ def _n_short(s:ShuffledBlocks)->int:
     "Blocks of each short row group"
     short = (s.rows.view(-1,s.block_size)<0).any(1)
     return int(s.group_ptr.diff()[short][0])//s.block_size if s.padded else 0
+
+# %% ../nbs/13_rules.ipynb #8c6ea04c
+def _uses(channel, at): # (channels,) columns of each channel among those at `at`
+    return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
+
+def _dropped(s, out): # bool like the values, of columns
+    drop = torch.zeros(len(s.cols), dtype=torch.bool, device=out.device).index_fill_(0, out, True)[:,None].expand(-1,s.block_size)
+    return (drop & (s.index()>=0) if s.padded else drop).contiguous()
+
+def _new_entries(at, new): # flat positions of the columns of `new` that are not among those at `at`
+    was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
+    i = new.index()[~was[new.col_group*new.shape[1] + new.cols.long()]].view(-1)
+    return i[i>=0]
 
 # %% ../nbs/13_rules.ipynb #c80236d7
 def _exchange(
@@ -203,23 +218,21 @@ def _exchange(
     drop = _dropped(s, out)
     return Change(new, drop, int(drop.sum()) if weak==n else n*s.block_size, _new_entries(at, new))
 
-def _uses(channel, at): # (channels,) columns of each channel among those at `at`
-    return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
+# %% ../nbs/13_rules.ipynb #e7cf6120
+def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where nobody asks, or the present row groups are good enough
+    if not (seen and seen.k): return None
+    drop = plan_drops(values, s, int(f*s.nnz))
+    grown = _grow(s, drop, seen, None)
+    worth,n = _scores_after(s, values, drop, grown),_n_short(s)
+    new = refine_blocks(worth, s, groups, n)
+    same = cut_blocks(_column_sums(worth, s.rows, s.block_size), s.rows, s.n_blocks, s.block_size, s.shape, n)
+    if worth[new.mask()].sum() > (1+gain)*worth[same.mask()].sum(): return Change(new, drop, int(drop.sum()), grown)
 
-def _dropped(s, out): # bool like the values, of columns
-    drop = torch.zeros(len(s.cols), dtype=torch.bool, device=out.device).index_fill_(0, out, True)[:,None].expand(-1,s.block_size)
-    return (drop & (s.index()>=0) if s.padded else drop).contiguous()
-
-def _new_entries(at, new): # flat positions of the columns of `new` that are not among those at `at`
-    was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
-    i = new.index()[~was[new.col_group*new.shape[1] + new.cols.long()]].view(-1)
-    return i[i>=0]
-
+# %% ../nbs/13_rules.ipynb #0199d4b1
 def _candidates(s, seen, generator):
     if seen: return seen.norm.float()
     return torch.rand(s.n_groups, s.shape[1], generator=generator).to(s.cols.device)
 
-# %% ../nbs/13_rules.ipynb #0199d4b1
 def _per_row(t, s): # (n_blocks·B,), from one number for each column to its mean over the rows that are there
     return t/_present(s)[s.col_group]
 
@@ -229,8 +242,7 @@ def columns(
 )->Change:
     "Columns of least norm go, columns of largest gradient norm come"
     worth = _per_row(values.detach().float().square().sum(1), s)
-    change = _exchange(s, worth, f, _candidates(s, seen, generator))
-    return _regrouped(s, values, f, seen, groups) or change if seen and seen.k else change
+    return _regrouped(s, values, f, seen, groups) or _exchange(s, worth, f, _candidates(s, seen, generator))
 
 # %% ../nbs/13_rules.ipynb #fe95ac66
 def saliency(
@@ -240,7 +252,7 @@ def saliency(
     "Columns of least |w·g| go, columns of largest gradient norm come"
     if seen is None: raise ValueError("rule='saliency' needs gradients: use grow='gradient' or 'norm', or rule='columns'")
     worth = _per_row((values.detach()*seen.gradient).abs().float().sum(1), s)
-    return _exchange(s, worth, f, _candidates(s, seen, generator))
+    return _regrouped(s, values, f, seen, groups) or _exchange(s, worth, f, _candidates(s, seen, generator))
 
 # %% ../nbs/13_rules.ipynb #1dc4d5e3
 def cover(
@@ -250,7 +262,7 @@ def cover(
     "Clearly weak columns go, with diminishing returns for each input channel; the best come, unread channels first"
     worth = _per_row(values.detach().float().square().sum(1), s).sqrt_()
     channel = channels_of(s.rows, s.block_size, s.shape, taps, groups)
-    return _exchange(s, worth, f, _candidates(s, seen, generator), channel, .5)
+    return _regrouped(s, values, f, seen, groups) or _exchange(s, worth, f, _candidates(s, seen, generator), channel, .5)
 
 # %% ../nbs/13_rules.ipynb #a13c493d
 def swap(
@@ -262,13 +274,6 @@ def swap(
     grown = _grow(s, drop, seen, generator)
     new = refine_blocks(_scores_after(s, values, drop, grown), s, groups, _n_short(s))
     return Change(new, drop, int(drop.sum()), grown)
-
-def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where the present row groups are good enough
-    drop = plan_drops(values, s, int(f*s.nnz))
-    grown = _grow(s, drop, seen, None)
-    worth = _scores_after(s, values, drop, grown)
-    new,same = refine_blocks(worth, s, groups, _n_short(s)),cut_blocks(_column_sums(worth, s.rows, s.block_size), s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
-    if worth[new.mask()].sum() > (1+gain)*worth[same.mask()].sum(): return Change(new, drop, int(drop.sum()), grown)
 
 # %% ../nbs/13_rules.ipynb #5f0de51b
 RULES = dict(paper=(paper,'entries'), columns=(columns,'columns'), saliency=(saliency,'columns'), cover=(cover,'columns'), swap=(swap,'entries'))   # what the collector keeps for them

@@ -108,7 +108,7 @@ class Updater:
         follow=(),                  # further models with the same structures to re-lay at the same moment, such as a moving average
         accumulate:int=0,           # sum the dense gradients of this many steps; 0: the last backward call decides
         part:float=1.,              # share of the batch that the dense gradient is made of, in (0, 1]
-        regroup:int=0,              # of the rules `columns` and `saliency`: consider other row groups at every so many updates; 0: never
+        regroup:int=0,              # of the rules that move columns: consider other row groups at every so many updates; 0: never
         generator:torch.Generator=None, # for random growth, on the CPU
     ):
         self.grow,self.rule,self.keeps = check_update(method, T, rule, grow, accumulate, part, regroup)
