@@ -42,17 +42,19 @@ def confirm_drops(
 # %% ../nbs/13_rules.ipynb #3d9811d8
 def largest(
     dW:Tensor,   # (O, K)
-    skip:Tensor, # (O, K) bool, places that do not count
+    skip:Tensor, # (n,) flat positions that do not count, int64
     k:int,       # how many; fewer where fewer are left
 )->tuple: # (flat positions, absolute values), falling; equal values by position
     "The `k` largest entries by absolute value"
-    n = dW.numel()
-    sample = dW.reshape(-1)[::max(1, n//8192)].abs().float()
+    n,flat = dW.numel(),dW.reshape(-1)
+    sample = flat[::max(1, n//8192)].abs().float()
     for share in (1.3*k/n, 3*k/n, 1.):
         at = sample.sort(descending=True).values[int(share*len(sample))] if share<1 else -1
-        found = ((dW>at) | (dW<-at)).logical_and_(~skip).view(-1).nonzero().view(-1)
+        found = flat>at
+        found |= flat<-at
+        found = found.index_fill_(0, skip, False).nonzero().view(-1)
         if len(found)>=k: break
-    v,order = dW.reshape(-1)[found].abs().sort(descending=True, stable=True)
+    v,order = flat[found].abs().sort(descending=True, stable=True)
     return found[order[:k]],v[:k]
 
 # %% ../nbs/13_rules.ipynb #746fcc84
@@ -84,8 +86,8 @@ def _reduce(self:Collector, dW, compact):
     s = self.s
     self.active = s.gather(dW).abs_()                                    # on the same scale as what is kept of the inactive
     self.gradient = self.active if compact is None else compact.abs()    # of the loss
-    self.finite = dW.isfinite().all() & self.gradient.isfinite().all()
-    if self.k or not self.columns: self.places,self.scores = largest(dW, s.mask(), self.k)
+    self.finite = all(o.isfinite() for o in (*dW.aminmax(), *self.gradient.aminmax()))
+    if self.k or not self.columns: self.places,self.scores = largest(dW, _positions(s), self.k)
     if self.columns: self.norm = _column_norms(dW, s.rows, s.block_size)/_present(s).sqrt()[:,None]
 
 @patch
@@ -95,6 +97,10 @@ def finish(self:Collector)->bool: # None if no gradient came
         self._reduce(self.total, self.compact)
         self.total = self.compact = None
     return None if self.active is None else bool(self.finite)
+
+def _positions(s)->Tensor: # flat, of the active weights
+    i = s.index().view(-1)
+    return i[i>=0] if s.padded else i
 
 def _present(s:ShuffledBlocks)->Tensor: # (G,) float
     "Rows of each group that are there"
