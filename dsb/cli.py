@@ -75,7 +75,7 @@ def _options():
         (['--method'], dict(metavar='NAME'), None, "dsb or ssb (shuffled blocks that move or stay), rigl, set or static (unstructured), dense, small-dense (a dense network with as few weights); default: block_size above 0 means dsb, 0 rigl"),
         (['--static_update'], dict(metavar='y/n'), 'n', "y: the structure stays as it is, which turns dsb into ssb and rigl into static"),
         (['--distribution'], dict(metavar='NAME'), 'erk', "how the sparsity is shared out over the layers: erk, er or uniform"),
-        (['--start'], dict(metavar='HOW'), None, "places that start active: magnitude (default for blocks), random (default without), or cover: blocks spread over all input channels"),
+        (['--start'], dict(metavar='HOW'), None, "places that start active: cover (default for blocks: large weights, spread over all input channels), magnitude (default for ssb and --rule paper) or random (default without blocks)"),
         (['--T'], dict(type=int, metavar='N'), 100, "steps between two updates of the structure"),
         (['--T_end'], dict(type=int, metavar='N'), None, "step at which updates end; default: 75000 or three quarters of the run, whichever comes first"),
         (['--alpha'], dict(type=float, metavar='F'), .3, "share of the active weights to drop at the first update; falls to 0 along a cosine"),

@@ -116,7 +116,7 @@ def sparsify(
     dense=None,          # modules that stay dense: names, types or a predicate of (name, module); None: the distribution's choice
     generator:torch.Generator=None, # for random starts
     init:str='keep',     # 'keep' the initial values, or scale them to the active 'fan_in'
-    start:str=None,      # places that start active: 'magnitude' (default for blocks), 'random' (default for B=0), or 'cover' (blocks; largest, and every input channel is read)
+    start:str=None,      # places that start active: 'cover' (largest, spread over all input channels; default for blocks), 'magnitude' or 'random' (default for B=0)
 )->nn.Module: # the model; a new layer if `model` itself is one
     "Replace linear and convolution layers by sparse ones with a given total density"
     _check_sparsify(model, block_size, init, start)
@@ -124,7 +124,7 @@ def sparsify(
     stay = _must_stay(model, mods)
     shapes,groups = {n:tuple(m.weight.shape) for n,m in mods.items()},{n:getattr(m,'groups',1) for n,m in mods.items()}
     plan = budgets(shapes, sparsity, block_size, distribution, {*stay, *_kept(dense, mods, distribution)}, groups)
-    start = start or ('magnitude' if block_size else 'random')
+    start = start or ('cover' if block_size else 'random')
     new = {}
     for n,b in plan.items():
         if b.active==b.size: continue

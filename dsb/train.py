@@ -98,7 +98,7 @@ class TrainConfig:
     sparsity:float=None        # share of zero weights, in [0,1), or of those that `small-dense` lacks; None: .9, or 0 for dense
     block_size:int=None        # None: 16 for `dsb` and `ssb`, else 0
     distribution:str='erk'     # 'erk', 'er' or 'uniform': how the sparsity is shared out
-    start:str=None             # 'magnitude', 'random' or 'cover': places that start active; None: as `sparsify`
+    start:str=None             # 'magnitude', 'random' or 'cover': places that start active; None: as published for `ssb` and the rule `paper`, else as `sparsify`
     T:int=100                  # steps between two topology updates
     T_end:int=None             # step at which updates end; None: min(75000, 3/4 of the planned steps)
     alpha:float=.3             # drop fraction at step 0
@@ -343,7 +343,11 @@ def build_model(
         model = create_model(config.model, dropout=config.dropout, width=width_of(config, shape), **shape)
     if config.method in DENSE: return model
     g = torch.Generator().manual_seed(config.seed)
-    return sparsify(model, config.sparsity, config.block_size, config.distribution, generator=g, start=config.start)
+    return sparsify(model, config.sparsity, config.block_size, config.distribution, generator=g, start=config.start or _published(config))
+
+def _published(config):
+    "The published start for the published methods of blocks"
+    return 'magnitude' if config.method == 'ssb' or config.rule == 'paper' else None
 
 # %% ../nbs/21_train.ipynb #f3d41db1
 class Trainer:
