@@ -123,10 +123,16 @@ def grow_at_random(
     generator:torch.Generator, # on the CPU
 )->Tensor: # (drop.sum(),) flat positions
     "Random places among the inactive and the dropped"
-    free = ~s.mask().view(-1)
-    free[s.index()[drop]] = True
-    free = free.nonzero().view(-1)
-    return free[torch.randperm(len(free), generator=generator)[:int(drop.sum())].to(free.device)]
+    k,n = int(drop.sum()),s.shape[0]*s.shape[1]
+    taken = s.mask().view(-1).index_fill_(0, s.index()[drop], False)
+    free,draws = n-int(taken.sum()),2*k+64
+    if 3*k>free: places = taken.logical_not_().nonzero().view(-1)
+    else:
+        places = taken.new_empty(0, dtype=torch.long)
+        while len(places)<k:                                        # far more places than are wanted: try some, keep the free ones
+            tried = torch.randint(n, (draws*n//free,), generator=generator).to(taken.device)
+            places = torch.cat([places, tried[~taken[tried]]]).unique()
+    return places[torch.randperm(len(places), generator=generator)[:k].to(places.device)]
 
 # %% ../nbs/13_rules.ipynb #488d3765
 class Change(NamedTuple):

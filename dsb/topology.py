@@ -141,20 +141,25 @@ def pack_mask(
     m:Tensor, # bool, any shape
 )->Tensor:    # uint8, 8 entries each, on the same device
     "Bits of a mask"
-    b = F.pad(m.reshape(-1).to(torch.uint8), (0, -m.numel()%8)).view(-1,8)
-    return (b << torch.arange(8, dtype=torch.uint8, device=m.device)).sum(1, dtype=torch.uint8)
+    b = m.new_zeros(-(-m.numel()//8)*8, dtype=torch.uint8)
+    b[:m.numel()] = m.reshape(-1)
+    b = b.view(-1,8)
+    b <<= torch.arange(8, dtype=torch.uint8, device=m.device)
+    return b.sum(1, dtype=torch.uint8)
 
 def unpack_mask(
     bits:Tensor, # uint8, from `pack_mask`
     shape:tuple, # of the mask
 )->Tensor: # bool
     "The mask that was packed"
-    b = bits[:,None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
-    return b.view(-1)[:torch.Size(shape).numel()].view(shape).bool()
+    b = bits[:,None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
+    b &= 1
+    return b.view(torch.bool).view(-1)[:torch.Size(shape).numel()].view(shape)
 
 def _count(bits:Tensor)->int:
     "Number of set bits"
-    return int(unpack_mask(bits, (8*len(bits),)).sum())
+    n = bits.bincount(minlength=256)
+    return int((n*unpack_mask(torch.arange(256, dtype=torch.uint8, device=bits.device), (256,8)).sum(1)).sum())
 
 # %% ../nbs/13_topology.ipynb #2a5f6553
 @patch
