@@ -3,9 +3,11 @@ import json, re
 import pytest
 import torch
 from dsb.cli import main
+from dsb.rules import RULES
 
 LAYERS = 'bench layers --batch 2 --repeats 1 --no_compile'.split()
 STEP = 'bench step --model wrn-10-1 --distribution uniform --density .2 --batch 2 --repeats 1 --no_compile'.split()
+UPDATE = 'bench update --quick --model wrn-10-1 --distribution uniform --density .2 --batch 2'.split()
 
 def bench(capsys, tmp_path, words):
     "(what was printed, what was written) by a run that must succeed"
@@ -26,7 +28,7 @@ def check_report(report):
     m = report['machine']
     assert m['processor'] and m['torch'] == torch.__version__ and m['threads'] >= 1 and m['cores'] >= 1
     assert {'python', 'dsb', 'date', 'load', 'huge_pages', 'memory_kept', 'peak_gflops', 'peak_gflops_end'} <= set(m)
-    assert any('torch.compile' in n for n in report['notes'])
+    assert report['options'].get('no_compile') is None or any('torch.compile' in n for n in report['notes'])
 
 def test_layers(capsys, tmp_path):
     words = [*LAYERS, '--layers', '3x3:16@4,1x1:16x24@5/2n1,linear:32x16', '--density', '.2,.5', '--format', 'both', '--plot', str(tmp_path/'p.png')]
@@ -73,6 +75,25 @@ def test_step_plain(capsys, tmp_path):
     assert 'fused' not in printed and set(report['results'][0]['dense']) == {'nchw', 'channels_last'}
     assert report['results'][0]['sparse'][0]['shares']['normalisation'] > 0
 
+def test_update(capsys, tmp_path):
+    "Times that fit together, the worst layers, and one line for each rule and way to grow"
+    printed, report = bench(capsys, tmp_path, [*UPDATE, '--grow', 'gradient,norm,random', '--part', '1,.5', '--T', '10', '--plot', str(tmp_path/'p.png')])
+    check_report(report)
+    r, = report['results']
+    assert (r['model'], r['T'], r['batch'], r['fused']) == ('wrn-10-1', 10, 2, True) and (tmp_path/'p.png').exists()
+    ways = [(u, g, p) for u in RULES for g, p in (('gradient', 1), ('gradient', .5), ('norm', 1), ('random', 1)) if (u, g) != ('saliency', 'random')]
+    assert [(u['rule'], u['grow'], u['part']) for u in r['updates']] == ways
+    for u in r['updates']:
+        assert u['q1'] <= u['ms'] <= u['q3'] and u['n'] == 2 and u['step_ms'] > 0 and u['plain_ms'] > 0 and 0 <= u['changed'] < 1
+        assert (u['collector_ms'] > 0) == ('collector' in u['memory']) == (u['grow'] != 'random')
+        worst = [u['memory'][p] for p in ('collector', 'update') if p in u['memory']]
+        for w in worst:
+            assert w['granted'] == 6*w['rows']*w['columns'] + 4*w['rows']**2 and w['peak'] > 0
+            assert w['arrays'] == pytest.approx(max(0, w['peak'] - w['granted'])/4/w['active'])
+        assert min(u['memory']['armed'], u['memory']['plain']) > 0 and any(w['layer'] in printed for w in worst)
+    lines = [l for l in printed.splitlines() if re.match(f"({'|'.join(RULES)}), ", l)]
+    assert len(lines) == len(ways) and 'saliency, gradient of 0.5' in printed and 'a plain step of 2 images' in printed
+
 def test_threads_are_given_back(capsys, tmp_path):
     before = torch.get_num_threads()
     assert bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16', '--threads', '1'])[1]['machine']['threads'] == 1
@@ -98,7 +119,7 @@ def test_without_native_kernels(capsys, tmp_path):
     assert 'note: the sparse side is plain torch: the cpu kernels take blocks of 8, 16, 32 or 64 rows, not 4' in printed
 
 @pytest.mark.parametrize('words, says', [
-    ('bench fast', "unknown command 'bench fast': expected bench layers or bench step"),
+    ('bench fast', "unknown command 'bench fast': expected bench layers or bench step or bench update"),
     ('bench layers --layers 3x3:64', "layer '3x3:64': expected KxK:CHANNELS@SIZE"),
     ('bench layers --layers 3x3:8@4', 'choose a smaller --block_size'),
     ('bench layers --layers 5x3:32@0', "layer '5x3:32@0': expected"),
@@ -115,6 +136,14 @@ def test_without_native_kernels(capsys, tmp_path):
     ('bench step --model wrn-23-2', 'did you mean wrn-22-2?'),
     ('bench step --modle vgg-d', 'unknown option --modle; did you mean --model?'),
     ('bench step --layers 3x3:64@8', 'unknown option --layers'),
+    ('bench update --rule rigl', "rule='rigl': expected paper, "),
+    ('bench update --rules paper', 'unknown option --rules; did you mean --rule?'),
+    ('bench update --grow norms', "grow='norms': expected gradient, norm or random"),
+    ('bench update --rule saliency --grow random', "rule='saliency' with grow='random': it needs gradients"),
+    ('bench update --part 0', "part='0': expected shares of the batch in (0, 1]"),
+    ('bench update --T 0', 'T=0: expected a whole number, at least 1'),
+    ('bench update --no_compile', 'unknown option --no_compile'),
+    ('bench update --density .001', 'wrn-22-2, erk, density 0.001: '),
     ('bench layers --json /proc/dsb.json', 'cannot write to --json /proc/dsb.json: '),
     ('bench layers --plot picture.txt', 'cannot write to --plot picture.txt: expected a name that ends in .png'),
 ])
@@ -132,7 +161,7 @@ def test_interrupted(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and 'nothing was written' in capsys.readouterr().err
 
 def test_help(capsys):
-    for words in (['bench'], ['bench', 'layers', '--help'], ['bench', 'step', '-h']):
+    for words in (['bench'], ['bench', 'layers', '--help'], ['bench', 'step', '-h'], ['bench', 'update', '-h']):
         try: assert main(words) == 0
         except SystemExit as e: assert e.code == 0
         assert 'usage: dsb bench' in capsys.readouterr().out
