@@ -316,7 +316,7 @@ def bench_command(
     if not argv or argv[0] in ('-h', '--help'):
         print('usage: dsb bench COMMAND [options]\n\n' + '\n'.join(f'  dsb bench {n:<8} {about}' for n, (_, _, about) in JOBS.items()) + '\n\ndsb bench COMMAND --help says more')
         return 0
-    if argv[0] not in JOBS: fail(f"unknown command 'bench {argv[0]}': expected bench {' or bench '.join(JOBS)}{near(argv[0], JOBS)}")
+    if argv[0] not in JOBS: fail(f"unknown command 'bench {argv[0]}': expected bench {', bench '.join(JOBS)}{near(argv[0], JOBS)}")
     job, options, about = JOBS[argv[0]]
     given = vars(_parse(_bench_parser(argv[0], options, about), argv[1:]))
     try: run = job(given)

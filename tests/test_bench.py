@@ -119,7 +119,7 @@ def test_without_native_kernels(capsys, tmp_path):
     assert 'note: the sparse side is plain torch: the cpu kernels take blocks of 8, 16, 32 or 64 rows, not 4' in printed
 
 @pytest.mark.parametrize('words, says', [
-    ('bench fast', "unknown command 'bench fast': expected bench layers or bench step or bench update"),
+    ('bench fast', "unknown command 'bench fast': expected bench layers, bench step, bench update"),
     ('bench layers --layers 3x3:64', "layer '3x3:64': expected KxK:CHANNELS@SIZE"),
     ('bench layers --layers 3x3:8@4', 'choose a smaller --block_size'),
     ('bench layers --layers 5x3:32@0', "layer '5x3:32@0': expected"),
