@@ -213,13 +213,12 @@ def _exchange(
     worth:Tensor,      # (n_blocks·B,) of the active columns; the smallest go
     f:float,           # share to drop
     candidates:Tensor, # (G, K) float, not negative, worth of inactive columns
-    channel:Tensor=None, # (G, K) input channel of each column, whose further columns count less
+    channel:Tensor=None, # (G, K) input channel of each column; a newcomer counts less the more columns its channel has
     sure:float=torch.inf, # drop only what is worth less than so much of the median
 )->Change:
     "Drop the active columns of least worth, fill up with the best inactive ones"
     at = s.col_group*s.shape[1] + s.cols.long()
     key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
-    if channel is not None: worth = diminish(worth, channel.view(-1)[at])
     order = worth.sort(stable=True).indices
     n = int(f*len(worth))
     weak = int((worth[order[:n]] < sure*worth.median()).sum()) if sure<torch.inf else n
@@ -271,7 +270,7 @@ def cover(
     s:ShuffledBlocks, values:Tensor, f:float, seen:Collector=None, generator:torch.Generator=None, # as in `columns`
     groups:int=1, taps:int=1, # convolution groups, positions of the kernel
 )->Change:
-    "Clearly weak columns go, with diminishing returns for each input channel; the best come, unread channels first"
+    "Withered columns go; the best come, with diminishing returns for each input channel"
     worth = _per_row(values.detach().float().square().sum(1), s).sqrt_()
     channel = channels_of(s.rows, s.block_size, s.shape, taps, groups)
     return _regrouped(s, values, f, seen, groups) or _exchange(s, worth, f, _candidates(s, seen, generator), channel, .5)
