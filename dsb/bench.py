@@ -613,7 +613,9 @@ def around(
 class Watch:
     "Adds up the seconds that are spent in parts of a call"
     parts = 'next', 'plain', 'armed', 'collector', 'update'
-    def __init__(self, clock=time.perf_counter): self.clock, self.spent = clock, dict.fromkeys(self.parts, 0.)
+    def __init__(self,
+        clock=time.perf_counter, # tells the time, in seconds
+    ): self.clock, self.spent = clock, dict.fromkeys(self.parts, 0.)
     @contextmanager
     def __call__(self,
         part:str, # one of `parts`; the time is added to it
@@ -647,7 +649,9 @@ class UpdateStep(Step):
 # %% ../nbs/20_bench.ipynb #fd01573b
 class MemoryTrace:
     "Tensor memory while a function runs, and the parts that `record_function` names"
-    def __init__(self, f):
+    def __init__(self,
+        f, # function of no arguments; it is called once
+    ):
         with _no_stderr(), tempfile.TemporaryDirectory() as d:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
             p.export_chrome_trace(f'{d}/trace.json')
