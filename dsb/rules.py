@@ -125,7 +125,7 @@ def grow_at_random(
     "Random places among the inactive and the dropped"
     k,n = int(drop.sum()),s.shape[0]*s.shape[1]
     taken = s.mask().view(-1).index_fill_(0, s.index()[drop], False)
-    free,draws = n-int(taken.sum()),2*k+64
+    free,draws = n-int(taken.count_nonzero()),2*k+64
     if 3*k>free: places = taken.logical_not_().nonzero().view(-1)
     else:
         places = taken.new_empty(0, dtype=torch.long)

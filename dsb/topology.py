@@ -34,7 +34,7 @@ class Move:
         found = at[want]                                            # -1 is the place past the end too
         self.source,self.found = found.clamp(min=0),found>=0        # active before?
         self.keep = self.found & ~drop.view(-1)[self.source] if drop is not None else self.found
-        self.added = int((want>=0).sum() - self.found.sum())        # active now, inactive before
+        self.added = int((want>=0).count_nonzero() - self.found.count_nonzero())        # active now, inactive before
 
     def __call__(self,
         t:Tensor, # in the layout of the old structure
