@@ -86,7 +86,7 @@ def test_killed(root, whole, tmp_path):
 def test_two_processes(root, tmp_path):
     "Two processes train one model: equal structures (the run itself insists), one folder, and a result like that of one process"
     one, two = tmp_path/'one', tmp_path/'two'
-    run = ('--data_set digits --model lenet300-100 --method dsb --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_test 65 --lr 0.02 --device cpu --out').split()
+    run = ('--data_set digits --model lenet300-100 --method dsb --rule columns --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_test 65 --lr 0.02 --device cpu --out').split()
     env = os.environ | dict(OMP_NUM_THREADS='1')
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'main.py', *run, two],
                        cwd=root, env=env, capture_output=True, text=True, timeout=180)
