@@ -58,18 +58,10 @@ MODELS = ('alexnet-s alexnet-b vgg-c vgg-d vgg-like wrn-22-2 wrn-28-2 wrn-22-8 w
           'ResNet18 ResNet34 ResNet50 mlp lenet5 lenet300-100').split()
 DATA_SETS = 'cifar10 cifar100 tinyimagenet imagenet digits glyphs'.split()
 
-# %% ../nbs/23_cli.ipynb #8e82e5e7
-def _options():
-    "(group, [(names, keywords, default, help)]) of a training command"
-    return (
-    ('data and model', [
-        (['--data_set'], dict(metavar='NAME'), 'cifar10', f"one of {', '.join(DATA_SETS)}; digits and glyphs need no download"),
-        (['--data_dir'], dict(metavar='DIR'), None, "where the data is, or is to be put; default ./data, then ."),
-        (['--model'], dict(metavar='NAME'), 'wrn-22-2', f"one of {', '.join(MODELS)}, or any wrn-depth-width"),
-        (['--dropout'], dict(type=float, metavar='P'), 0., "dropout inside the blocks of a wrn (the original has 0.3)"),
-        (['--n_train'], dict(type=int, metavar='N'), None, "use only N training images"),
-        (['--n_test'], dict(type=int, metavar='N'), None, "use only N test images")]),
-    ('sparsity', [
+# %% ../nbs/23_cli.ipynb #4f9f0f2d
+def _sparsity_options():
+    "Those of the group `sparsity`, as in `_options`"
+    return [
         (['--sparsity'], dict(type=float, metavar='S'), .9, "share of zero weights over all layers, in [0, 1), or of those that small-dense lacks; 0 trains a dense network"),
         (['--block_size'], dict(type=int, metavar='B'), 0, "B×B blocks (8, 16, 32, ...); 0 for unstructured"),
         (['--method'], dict(metavar='NAME'), None, "dsb or ssb (shuffled blocks that move or stay), rigl, set or static (unstructured), dense, small-dense (a dense network with as few weights); default: block_size above 0 means dsb, 0 rigl"),
@@ -83,7 +75,20 @@ def _options():
         (['--grow'], dict(metavar='BY'), None, "what growth goes by: gradient, norm (a bound that needs no dense gradient) or random; default: the method's own"),
         (['--accumulate'], dict(type=int, metavar='M'), 0, "sum the dense gradients of the last M steps; 0: those of the last backward pass"),
         (['--part'], dict(type=float, metavar='F'), 1., "share of the batch that dense gradients are made of"),
-        (['--regroup'], dict(type=int, metavar='N'), 0, "consider other row groups at every N-th update; 0: never")]),
+        (['--regroup'], dict(type=int, metavar='N'), 0, "consider other row groups at every N-th update; 0: never")]
+
+# %% ../nbs/23_cli.ipynb #8e82e5e7
+def _options():
+    "(group, [(names, keywords, default, help)]) of a training command"
+    return (
+    ('data and model', [
+        (['--data_set'], dict(metavar='NAME'), 'cifar10', f"one of {', '.join(DATA_SETS)}; digits and glyphs need no download"),
+        (['--data_dir'], dict(metavar='DIR'), None, "where the data is, or is to be put; default ./data, then ."),
+        (['--model'], dict(metavar='NAME'), 'wrn-22-2', f"one of {', '.join(MODELS)}, or any wrn-depth-width"),
+        (['--dropout'], dict(type=float, metavar='P'), 0., "dropout inside the blocks of a wrn (the original has 0.3)"),
+        (['--n_train'], dict(type=int, metavar='N'), None, "use only N training images"),
+        (['--n_test'], dict(type=int, metavar='N'), None, "use only N test images")]),
+    ('sparsity', _sparsity_options()),
     ('training', [
         (['--epochs'], dict(type=int, metavar='N'), {'cifar': 160, 'imagenet': 105, 'short': 12}, "passes over the training images; the schedule stretches with it"),
         (['--eval_every'], dict(type=int, metavar='N'), 1, "epochs between two evaluations; the last epoch is always evaluated"),

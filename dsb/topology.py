@@ -7,7 +7,6 @@ __all__ = ['DEFAULT_RULE', 'Move', 'check_update', 'Updater', 'pack_mask', 'unpa
 
 # %% ../nbs/13_topology.ipynb #72e304c2
 import torch
-import torch.nn.functional as F
 import math, weakref
 from torch import Tensor
 from dataclasses import dataclass
