@@ -317,7 +317,9 @@ def bench_command(
     argv:list, # the words after `dsb bench`
 )->int:        # exit status
     "Time layers or whole training steps"
-    from dsb.bench import JOBS
+    from dsb.bench import JOBS as cpu_jobs
+    from dsb.bench_gpu import GPU_OPTIONS, gpu_job
+    JOBS = cpu_jobs | dict(gpu=(gpu_job, GPU_OPTIONS, 'time layers and whole training steps on a GPU, against every dense mode'))
     if not argv or argv[0] in ('-h', '--help'):
         print('usage: dsb bench COMMAND [options]\n\n' + '\n'.join(f'  dsb bench {n:<8} {about}' for n, (_, _, about) in JOBS.items()) + '\n\ndsb bench COMMAND --help says more')
         return 0
