@@ -206,7 +206,7 @@ class GpuStep:
         self.run = torch.compile(self.model, dynamic=False) if how=='compiled' else self.model
         self.call = self.captured() if how=='graph' else self.step
     def step(self):
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.kind=='bf16'): loss = cross_entropy(self.run(self.x), self.y)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.kind=='bf16', cache_enabled=False): loss = cross_entropy(self.run(self.x), self.y)
         loss.backward()
         self.opt.step(); self.opt.zero_grad(set_to_none=False)
     def captured(self):

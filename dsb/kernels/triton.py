@@ -8,7 +8,7 @@ __all__ = ['TILES', 'DENSE', 'block_sizes', 'Kernel', 'batch_last', 'batch_first
            'check', 'conv2d', 'conv2d_backward', 'linear', 'linear_backward']
 
 # %% ../../nbs/09_triton.ipynb #36de2f9d
-import functools, inspect, json, math, os, tempfile
+import functools, inspect, json, math, os, sys, tempfile
 import torch
 import torch.nn.functional as F
 from pathlib import Path
@@ -404,6 +404,11 @@ class Choices:
 
 # %% ../../nbs/09_triton.ipynb #b9be07ef
 @functools.cache
+def _announce(path):
+    "Say once why the first steps take long"
+    print(f'dsb: kernels are timed once for each new layer shape, a minute or two for a network; what is found is kept in {path}', file=sys.stderr, flush=True)
+
+@functools.cache
 def _choices(device:int)->Choices:
     "The choices for a CUDA device"
     name = torch.cuda.get_device_name(device).replace(' ','-')
@@ -424,6 +429,7 @@ def choose(
     case = f'{product} {kind} {fmt} B{s.block_size} n{s.n_blocks} {tuple(f[:-1])} {tuple(f.a)}'
     choices = _choices(x.device.index)
     if torch.cuda.is_current_stream_capturing(): return choices.load().get(case, ways[0])
+    if case not in choices.load(): _announce(choices.path)
     return choices(case, ways, lambda o: triton.testing.do_bench(lambda: run(o), warmup=5, rep=20, return_mode='median'))
 
 # %% ../../nbs/09_triton.ipynb #b907ec5b
