@@ -45,13 +45,14 @@ class Kernel:
         return InterpretedFunction(self.fn)
 
     def __call__(self,
-        grid:tuple, # number of programs along each axis
+        grid:tuple, # (number of programs,)
         *args,      # tensors and integers
         num_warps:int=4, num_stages:int=3, # warps of a program, loads in flight; for the compiler alone
         **const,    # parameters known when it is compiled
     ):
         "Run all programs"
-        if args[0].is_cuda: return self.compiled[grid](*args, **const, num_warps=num_warps, num_stages=num_stages)
+        if args[0].is_cuda:
+            with torch.cuda.device(args[0].device): return self.compiled[grid](*args, **const, num_warps=num_warps, num_stages=num_stages)
         wide = [o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o for o in args]
         self.interpreted[grid](*wide, **const)
         for name,o,w in zip(inspect.signature(self.fn).parameters, args, wide):
@@ -59,11 +60,12 @@ class Kernel:
 
 # %% ../../nbs/09_triton.ipynb #7d2cbfec
 @Kernel
-def _transpose(src, dst, I, J, si, dj, sb, db, BI: tl.constexpr, BJ: tl.constexpr):
+def _transpose(src, dst, I, J, si, dj, sb, db, nI, nJ, BI: tl.constexpr, BJ: tl.constexpr):
     """`dst[b·db + j·dj + i] = src[b·sb + i·si + j]`, converted to the type of `dst`"""
-    i = tl.program_id(0)*BI + tl.arange(0, BI)
-    j = tl.program_id(1)*BJ + tl.arange(0, BJ)
-    b = tl.program_id(2).to(tl.int64)
+    pid = tl.program_id(0)
+    i = pid//nJ%nI*BI + tl.arange(0, BI)
+    j = pid%nJ*BJ + tl.arange(0, BJ)
+    b = (pid//nJ//nI).to(tl.int64)
     ok = (i<I)[:,None] & (j<J)[None,:]
     t = tl.load(src + b*sb + (i.to(tl.int64)[:,None]*si + j[None,:]), mask=ok)
     tl.store(dst + b*db + (j.to(tl.int64)[None,:]*dj + i[:,None]), t.to(dst.dtype.element_ty), mask=ok)
@@ -72,7 +74,8 @@ def _turn(src, dst, I, J, si, dj, batch=1, sb=0, db=0):
     "Transpose one or `batch` matrices"
     n = 64 if src.is_cuda else 1024          # the interpreter likes few programs
     block = [min(n, 1<<max(4, (o-1).bit_length())) for o in (I,J)]
-    _transpose((-(-I//block[0]), -(-J//block[1]), batch), src, dst, I, J, si, dj, sb, db, BI=block[0], BJ=block[1])
+    tiles = [-(-o//b) for o,b in zip((I,J), block)]
+    _transpose((math.prod(tiles)*batch,), src, dst, I, J, si, dj, sb, db, *tiles, BI=block[0], BJ=block[1])
     return dst
 
 # %% ../../nbs/09_triton.ipynb #5948c930
@@ -106,15 +109,15 @@ def batch_first(
 
 # %% ../../nbs/09_triton.ipynb #0178c6ed
 @Kernel
-def _forward(x, v, bias, y, rows, ptr, cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R,
+def _forward(x, v, bias, y, rows, ptr, cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G,
              KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
              VEC: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PREC: tl.constexpr):
     """Rows of one group of y (O, Ho·Wo·N), for BQ positions"""
-    g = tl.program_id(0)
+    g = tl.program_id(0)%G                              # groups of a tile side by side: they share its input
     r = tl.arange(0, M)
     row = tl.load(rows + g*B + r, mask=r<B, other=-1)
     c0 = tl.load(rows + g*B)//R*C                       # first channel of the convolution group
-    q = tl.program_id(1)*BQ + tl.arange(0, BQ)
+    q = tl.program_id(0)//G*BQ + tl.arange(0, BQ)
     n = tl.max_contiguous(tl.multiple_of(q%N, VEC), VEC)
     ho = (q//N//Wo)[None,:]
     wo = (q//N%Wo)[None,:]
@@ -174,7 +177,7 @@ def forward(
 )->Tensor: # (O, Ho, Wo, N)
     "The forward product, images innermost"
     y = x.new_empty(f.O, f.Ho, f.Wo, f.N)
-    _forward((s.n_groups, -(-f.Q//BQ)), x, values, values if bias is None else bias, y, s.rows, s.group_ptr, s.cols, *f.ints,
+    _forward((s.n_groups*-(-f.Q//BQ),), x, values, values if bias is None else bias, y, s.rows, s.group_ptr, s.cols, *f.ints, s.n_groups,
              **f.const(s.block_size), BK=BK, BQ=BQ, BIAS=bias is not None, RELU=relu, PREC=precision, **launch)
     return y
 
@@ -199,11 +202,11 @@ def by_tap(
 
 # %% ../../nbs/09_triton.ipynb #7faddeef
 @Kernel
-def _input_gradient(dy, v, dx, rows, cols, order, seg, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G,
+def _input_gradient(dy, v, dx, rows, cols, order, seg, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G, parts,
                     KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
                     VEC: tl.constexpr, PREC: tl.constexpr):
     """Add to BQ positions of dx (C, H·W·N), which is zero before"""
-    q = tl.program_id(1)*BQ + tl.arange(0, BQ)
+    q = tl.program_id(0)//parts*BQ + tl.arange(0, BQ)
     n = tl.max_contiguous(tl.multiple_of(q%N, VEC), VEC)
     r = tl.arange(0, M)
     Q = H*W*N
@@ -211,7 +214,7 @@ def _input_gradient(dy, v, dx, rows, cols, order, seg, N, H, W, Ho, Wo, sh, sw, 
         row = tl.load(rows + g*B + r, mask=r<B, other=-1)
         c0 = tl.load(rows + g*B)//R*C
         for t in range(0, KH*KW):
-            run = seg + ((tl.program_id(0)*G + g)*(KH*KW) + t)
+            run = seg + ((tl.program_id(0)%parts*G + g)*(KH*KW) + t)
             begin = tl.load(run)
             end = tl.load(run+1)
             if begin<end:
@@ -244,7 +247,7 @@ def input_gradient(
     "The input gradient, images innermost"
     dx = torch.zeros(f.C, f.H, f.W, f.N, device=dy.device)
     order,seg = by_tap(s, math.prod(f.a.kernel_size), parts)
-    _input_gradient((parts, -(-f.H*f.W*f.N//BQ)), dy, values, dx, s.rows, s.cols, order, seg, *f.ints, s.n_groups,
+    _input_gradient((parts*-(-f.H*f.W*f.N//BQ),), dy, values, dx, s.rows, s.cols, order, seg, *f.ints, s.n_groups, parts,
                     **f.const(s.block_size), BK=BK, BQ=BQ, PREC=precision, **launch)
     return dx
 
@@ -264,13 +267,15 @@ def chunks(
 
 # %% ../../nbs/09_triton.ipynb #1653a84b
 @Kernel
-def _weight_gradient(x, dy, out, rows, ptr, cols, group, first, n_cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G, per,
+def _weight_gradient(x, dy, out, rows, ptr, cols, group, first, n_cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G, per, n_chunks,
                      KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
                      VEC: tl.constexpr, PREC: tl.constexpr):
     """Sum over `per` positions for one chunk of columns: out (splits, n_cols, B)"""
-    g = tl.load(group + tl.program_id(0))
+    chunk = tl.program_id(0)%n_chunks
+    split = tl.program_id(0)//n_chunks
+    g = tl.load(group+chunk)
     if g<G:
-        k = tl.load(first + tl.program_id(0)) + tl.arange(0, BK)
+        k = tl.load(first+chunk) + tl.arange(0, BK)
         there = k<tl.load(ptr+g+1)
         r = tl.arange(0, M)
         row = tl.load(rows + g*B + r, mask=r<B, other=-1)
@@ -278,7 +283,7 @@ def _weight_gradient(x, dy, out, rows, ptr, cols, group, first, n_cols, N, H, W,
         t = col%(KH*KW)
         c = (tl.load(rows + g*B)//R*C + col//(KH*KW))[:,None].to(tl.int64)
         Q = Ho*Wo*N
-        begin = tl.program_id(1)*per
+        begin = split*per
         acc = tl.full([BK,M], 0., tl.float32)
         for q0 in range(begin, min(begin+per, Q), BQ):
             q = q0 + tl.arange(0, BQ)
@@ -290,7 +295,7 @@ def _weight_gradient(x, dy, out, rows, ptr, cols, group, first, n_cols, N, H, W,
             X = tl.load(x + (((c*H + h)*W + w)*N + n[None,:]), mask=ok, other=0.)
             D = tl.load(dy + (row[:,None].to(tl.int64)*Q + q[None,:]), mask=(row>=0)[:,None] & (q<Q)[None,:], other=0.)
             acc = tl.dot(X, tl.trans(D), acc, input_precision=PREC)
-        at = (tl.program_id(1).to(tl.int64)*n_cols + k)[:,None]*B + r[None,:]
+        at = (split.to(tl.int64)*n_cols + k)[:,None]*B + r[None,:]
         tl.store(out+at, acc, mask=there[:,None] & (r<B)[None,:])
 
 # %% ../../nbs/09_triton.ipynb #141086f2
@@ -310,7 +315,7 @@ def weight_gradient(
     per = -(-f.Q//(splits*BQ))*BQ
     splits = -(-f.Q//per)
     out = x.new_empty(splits, *(len(s.cols),s.block_size), dtype=torch.float32)
-    _weight_gradient((len(group), splits), x, dy, out, s.rows, s.group_ptr, s.cols, group, first, len(s.cols), *f.ints, s.n_groups, per,
+    _weight_gradient((len(group)*splits,), x, dy, out, s.rows, s.group_ptr, s.cols, group, first, len(s.cols), *f.ints, s.n_groups, per, len(group),
                      **f.const(s.block_size), BK=BK, BQ=BQ, PREC=precision, **launch)
     return out[0] if splits==1 else out.sum(0)
 
