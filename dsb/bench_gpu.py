@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from contextlib import contextmanager
 from torch import nn
-from torch.nn.functional import cross_entropy
-from .bench import (_FORMATS, _ms, _say, _table, _times, _whole, PRODUCTS, Layer, bsr_weight, calls_for, dense_products, ends, filled, flop_share,
-                       interleave, numbers, parse_layer, random_structure, sparse_products, spread, words, writable)
-from .density import budgets
-from .models import create_model, canonical_name, layer_macs
+from .bench import (_FORMATS, _ms, _say, _table, _times, _whole, PRODUCTS, Layer, bsr_weight, dense_products, ends, filled, flop_share,
+                       interleave, numbers, parse_layer, random_structure, sparse_products, spread, warm_up, words, writable)
+from .models import create_model, layer_macs
 from .ops import _module, why_not
 from .sparsify import sparsify
 
@@ -52,12 +50,8 @@ def take_turns(
     device:str,  # 'cuda' or 'cpu'
 )->tuple: # (name -> `spread` of one call, name -> why it is out)
     "Medians of functions that are timed in turns"
-    clock,many,out = device_clock(device),{},{}
-    for k,f in fns.items():
-        try:
-            f(); f(); t = clock(); f()
-            many[k] = calls_for(clock()-t)
-        except Exception as e: out[k] = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+    clock = device_clock(device)
+    many,out = warm_up(fns, clock)
     def turn(k):
         for _ in range(many[k]): fns[k]()
     times = interleave({k:lambda k=k: turn(k) for k in many}, repeats, meter=clock)
@@ -163,7 +157,7 @@ def layer_turns(
 )->tuple: # ((who, which, product) -> function, notes)
     "Everything that is timed against each other"
     from dsb.kernels import reference
-    fns,notes,w = {},[],None
+    fns,notes = {},[]
     for d,s in structures.items():
         s = s.to(device)
         for fmt in formats if layer.args else ['contiguous']:
@@ -233,7 +227,7 @@ class GpuStep:
         self.run = torch.compile(self.model, dynamic=False) if how=='compiled' else self.model
         self.call = graphed(self.step) if how=='graph' else self.step
     def step(self):
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.kind=='bf16', cache_enabled=False): loss = cross_entropy(self.run(self.x), self.y)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.kind=='bf16', cache_enabled=False): loss = F.cross_entropy(self.run(self.x), self.y)
         loss.backward()
         self.opt.step(); self.opt.zero_grad(set_to_none=False)
     def __call__(self): self.call()
@@ -265,7 +259,7 @@ def step_turns(
     "Steps of a network, one after the other in memory and in turns in time"
     ways = ['',*['graph']*(device=='cuda'),*['compiled']*compiled]
     variants = {('dense',f,how):(None,f,how) for f in _FORMATS for how in ways}
-    variants |= {('sparse',p,how):(p,f,how) for p in plans for f in ['nchw'] for how in ways}
+    variants |= {('sparse',p,how):(p,'nchw',how) for p in plans for how in ways}
     steps,memory,notes = {},{},[]
     for k,(plan,f,how) in variants.items():
         try:
@@ -348,12 +342,12 @@ def _step_results(models, o):
         images,classes = GPU_MODELS[name]
         plans = [('uniform',d,B) for B in o['block_size'] for d in o['density']]
         macs = layer_macs(gpu_model(name, (1,*images[1:]), classes), images[-1])
-        left = {p:flop_share(macs, {n:getattr(m, 'density', 1.) for n,m in gpu_model(name, images, classes, p).named_modules() if n in macs}) for p in plans}
         for kind in o['numbers']:
             _say(f'{name}, {kind}')
             with number_mode(kind):
                 steps,memory,more = step_turns(name, images, classes, plans, kind, o['device'], not o['no_compile'])
                 times,_ = take_turns(steps, o['repeats'], o['device'])
+            left = {k[1]:flop_share(macs, {n:getattr(m, 'density', 1.) for n,m in s.model.named_modules() if n in macs}) for k,s in steps.items() if k[0]=='sparse'}
             rows += step_rows(name, images, kind, times, memory, left)
             notes += more
     return rows,notes
@@ -370,7 +364,7 @@ def gpu_job(
     o['numbers'],o['density'] = words('numbers', o['numbers'], list(NUMBERS)),numbers(o['density'])
     o['format'] = list(_FORMATS) if o['format']=='both' else words('format', o['format'], [*_FORMATS,'both'])
     o['block_size'] = [int(w) for w in words('block_size', o['block_size'], ['8','16','32','64'])]
-    models = [] if o['models']=='none' else [words('models', n.strip(), list(GPU_MODELS))[0] for n in o['models'].split(',')]
+    models = [] if o['models']=='none' else words('models', o['models'], list(GPU_MODELS))
     layers = [] if o['layers']=='none' else [parse_layer(t.strip(), 128) for t in o['layers'].split(',')]
     writable('json', o['json'])
     def run():

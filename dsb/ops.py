@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['backends', 'backend', 'why_not', 'picked', 'structure_of', 'operator', 'listen', 'show', 'exposed', 'norm_bound',
-           'dense_wgrad', 'images_wanted', 'less_wanted', 'reveal', 'block_linear', 'conv_structure', 'block_conv2d']
+           'images_wanted', 'less_wanted', 'reveal', 'block_linear', 'conv_structure', 'block_conv2d']
 
 # %% ../nbs/10_ops.ipynb #a9cf19e7
 import importlib, importlib.util
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure import ShuffledBlocks
-from .kernels.reference import ConvArgs, is_channels_last
+from .kernels.reference import ConvArgs, dense_wgrad, is_channels_last
 
 # %% ../nbs/10_ops.ipynb #7476bc7a
 _fast = {'cpu':'cpu', 'cuda':'triton'}                       # device type -> its fast backend
@@ -184,17 +184,6 @@ def norm_bound(
     col = _column_squares(x, a).sqrt_()
     return (row.view(len(col),-1,1)*col[:,None]).view(len(row), -1)
 
-# %% ../nbs/10_ops.ipynb #98a35151
-def dense_wgrad(
-    dy:Tensor,        # (N, O, Ho, Wo) gradient of the output
-    x:Tensor,         # (N, C, H, W)
-    s:ShuffledBlocks, # structure of the weight
-    a:ConvArgs,       # geometry
-)->Tensor: # (O, K)
-    "Dense weight gradient of a convolution"
-    w = x.new_empty(1).expand(s.shape[0], x.shape[1]//a.groups, *a.kernel_size)   # only its shape matters
-    return torch.ops.aten.convolution_backward(dy, x, w, None, *a[1:4], False, [0,0], a.groups, [False,True,False])[1].reshape(s.shape)
-
 # %% ../nbs/10_ops.ipynb #71531459
 def images_wanted(
     key:int, # of a listener
@@ -219,7 +208,7 @@ def reveal(
     "Show a listener what it asks for"
     n = images_wanted(key, len(dy))
     if getattr(_listeners[key], 'norms', False): dW = norm_bound(dy[:n], x[:n], a)
-    else: dW = dense_wgrad(dy[:n], x[:n], s, a) if a else dy[:n].T @ x[:n]
+    else: dW = dense_wgrad(dy[:n], x[:n], s, a)
     if dv is None: return s.gather(show(dW, key))
     show(dW, key, dv)
     return dv

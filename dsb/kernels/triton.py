@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from ..structure import ShuffledBlocks
 from .build import _cache_dir
-from .reference import ConvArgs, is_channels_last
+from .reference import ConvArgs, dense_wgrad, is_channels_last
 
 # %% ../../nbs/09_triton.ipynb #6a52b584
 try: import triton, triton.language as tl
@@ -314,7 +314,7 @@ def weight_gradient(
     splits = max(1, min(-(-f.Q//(4*BQ)), programs//max(1, len(s.cols)//BK+s.n_groups//2)))
     per = -(-f.Q//(splits*BQ))*BQ
     splits = -(-f.Q//per)
-    out = x.new_empty(splits, *(len(s.cols),s.block_size), dtype=torch.float32)
+    out = x.new_empty(splits, len(s.cols), s.block_size, dtype=torch.float32)
     _weight_gradient((len(group)*splits,), x, dy, out, s.rows, s.group_ptr, s.cols, group, first, len(s.cols), *f.ints, s.n_groups, per, len(group),
                      **f.const(s.block_size), BK=BK, BQ=BQ, PREC=precision, **launch)
     return out[0] if splits==1 else out.sum(0)
@@ -387,8 +387,9 @@ class Choices:
         "Write the file in one piece; without a place to write, choices last as long as the process"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile('w', dir=self.path.parent, delete=False, encoding='utf-8') as f: json.dump(self.known, f, indent=1)
-            os.replace(f.name, self.path)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as d:
+                (new := Path(d)/self.path.name).write_text(json.dumps(self.known, indent=1), encoding='utf-8')
+                os.replace(new, self.path)
         except OSError: pass
 
     def __call__(self,
@@ -473,20 +474,20 @@ def _product(x, values, bias, s, a, relu):
     return run(choose('forward', x, s, f, _format(x), run))
 
 # %% ../../nbs/09_triton.ipynb #6640d288
-def _dense_gradients(dy, x, w, a, need):
-    "Gradients of the dense layer, or None"
-    if a is None: return dy @ w if need[0] else None,dy.T @ x if need[1] else None
-    return torch.ops.aten.convolution_backward(dy, x, w, None, *a[1:4], False, [0,0], a.groups, [*need,False])[:2]
+def _dense_dx(dy, x, w, a):
+    "Input gradient of the dense layer"
+    if a is None: return dy @ w
+    return torch.ops.aten.convolution_backward(dy, x, w, None, *a[1:4], False, [0,0], a.groups, [True,False,False])[0]
 
 def _gradients(dy, x, values, s, a, need_x, need_values):
     "Each gradient by its fastest way"
     f,values = _shape(x, s, a),values.contiguous()
     if not f.Q*f.C: return torch.zeros_like(x) if need_x else None,torch.zeros_like(values) if need_values else None
     def dx(way, turn):
-        if way==DENSE: return _dense_gradients(dy, x, _weight(values, s, a), a, (True,False))[0]
+        if way==DENSE: return _dense_dx(dy, x, _weight(values, s, a), a)
         return _like(input_gradient(turn(dy), values, s, f, **way), x)
     def dv(way, turn):
-        if way==DENSE: return s.gather(_dense_gradients(dy, x, _weight(values, s, a), a, (False,True))[1])
+        if way==DENSE: return s.gather(dense_wgrad(dy, x, s, a))
         return weight_gradient(turn(x), turn(dy), s, f, **way).to(values.dtype)
     once = functools.cache(batch_last)         # both need dy
     def fastest(product, run): return run(choose(product, x, s, f, _format(x), lambda way: run(way, batch_last)), once)
