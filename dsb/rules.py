@@ -49,7 +49,7 @@ def largest(
     n,flat = dW.numel(),dW.reshape(-1)
     sample = flat[::max(1, n//8192)].abs().float()
     for share in (1.3*k/n, 3*k/n, 1.):
-        at = sample.sort(descending=True).values[int(share*len(sample))] if share<1 else -1
+        at = sample.topk(int(share*len(sample))+1).values[-1] if share<1 else -1
         found = flat>at
         found |= flat<-at
         found = found.index_fill_(0, skip, False).nonzero().view(-1)

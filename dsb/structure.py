@@ -38,7 +38,7 @@ def scatter(self:Structure,
     O,K = self.shape
     i = self.index().view(-1)
     if self.padded: i = torch.where(i<0, O*K, i)   # one place past the end swallows what is not there
-    out = values.new_zeros(O*K+self.padded).index_copy(0, i, values.reshape(-1))
+    out = values.new_zeros(O*K+self.padded).index_copy_(0, i, values.reshape(-1))
     return out[:O*K].view(O,K)
 
 # %% ../nbs/01_structure.ipynb #af4f5c7b
