@@ -9,9 +9,9 @@ __all__ = ['PRODUCTS', 'LAYER_OPTIONS', 'STEP_OPTIONS', 'UPDATE_OPTIONS', 'JOBS'
            'warm_up', 'layer_record', 'measure_layer', 'layers_table', 'bench_model', 'ends', 'Step', 'bound',
            'flop_share', 'kind_of', 'shares', 'sparse_plans', 'sparse_model', 'step_functions', 'step_record',
            'measure_step', 'step_table', 'steps_table', 'around', 'Watch', 'UpdateStep', 'MemoryTrace', 'layer_memory',
-           'update_memory', 'update_variants', 'update_record', 'measure_updates', 'updates_table', 'plot_layers',
-           'plot_steps', 'plot_updates', 'filled', 'numbers', 'words', 'writable', 'checked', 'run_bench', 'layers_job',
-           'step_job', 'update_job']
+           'update_memory', 'update_variants', 'wither', 'update_record', 'measure_updates', 'updates_table',
+           'plot_layers', 'plot_steps', 'plot_updates', 'filled', 'numbers', 'words', 'writable', 'checked',
+           'run_bench', 'layers_job', 'step_job', 'update_job']
 
 # %% ../nbs/20_bench.ipynb #3ccb471f
 import copy, json, os, platform, re, sys, tempfile, time, warnings
@@ -33,7 +33,7 @@ from .models import canonical_name, create_model, layer_macs
 from .ops import _module, why_not
 from .plot import _INK, _NEW, _OLD, _SOFT, _figure, _plain
 from .rules import RULES, Collector
-from .sparsify import sparsify
+from .sparsify import sparse_layers, sparsify
 from .structure import ShuffledBlocks
 from .topology import Updater, check_update
 from .tune import tune, tuned
@@ -715,6 +715,15 @@ def update_variants(
     if not found: check_update('dsb', T, rules[0], grows[0])   # says why not
     return found
 
+# %% ../nbs/20_bench.ipynb #72cec7e2
+def wither(
+    model:nn.Module, # with layers in blocks; changed in place
+)->nn.Module:
+    "Make every tenth column of the blocks ten times weaker"
+    with torch.no_grad():
+        for m in sparse_layers(model).values(): m.values[::10] *= .1
+    return model
+
 # %% ../nbs/20_bench.ipynb #be5d8e42
 def update_record(
     variant:tuple, # (rule, grow, part)
@@ -740,7 +749,7 @@ def measure_updates(
 )->dict:
     "Steps that change the structure, with all rules, in turns"
     watch, burst = Watch(), fma_burst(1_000_000)
-    model = sparse_model(name, dist, density, B, fused)
+    model = wither(sparse_model(name, dist, density, B, fused))
     fns = {v: UpdateStep(copy.deepcopy(model), batch, fmt, *v, watch) for v in variants}
     for f in fns.values(): f(); f.changed.clear()
     _say(f'  {len(fns)} variants built, measuring')

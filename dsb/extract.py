@@ -210,13 +210,14 @@ def diminish(
     uses:Tensor=None, # (channels,) columns of each channel that are taken already
 )->Tensor: # (n,) `worth` over the number of its channel's columns up to it
     "Worth with diminishing returns: the j-th best of a channel counts 1/j"
-    order = worth.sort(descending=True, stable=True).indices
-    by = channel[order].sort(stable=True)                       # channel after channel, the best first
-    count = channel.bincount()
-    first = count.cumsum(0)-count
-    rank = torch.empty_like(order)
-    rank[order[by.indices]] = torch.arange(len(worth), device=worth.device) - first[by.values]
-    if uses is not None: rank = rank + uses[channel]
+    by,count = channel.sort(stable=True),channel.bincount()     # a table with a line for each channel: many short sorts are cheap
+    width = int(count.max())
+    cell = by.values*width + torch.arange(len(worth), device=worth.device) - (count.cumsum(0)-count)[by.values]
+    table = worth.new_full((len(count),width), -1).view(-1).index_copy_(0, cell, worth[by.indices]).view(-1,width)
+    order = table.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
+    rank = torch.empty_like(channel).index_copy_(0, by.indices, rank.view(-1)[cell])
+    if uses is not None: rank += uses[channel]
     return worth/(1+rank)
 
 # %% ../nbs/02_extract.ipynb #3212469b

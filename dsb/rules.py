@@ -8,6 +8,7 @@ __all__ = ['RULES', 'plan_drops', 'confirm_drops', 'largest', 'Collector', 'grow
 
 # %% ../nbs/13_rules.ipynb #89c166a8
 import torch
+from math import gcd
 from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import patch
@@ -47,7 +48,7 @@ def largest(
 )->tuple: # (flat positions, absolute values), falling; equal values by position
     "The `k` largest entries by absolute value"
     n,flat = dW.numel(),dW.reshape(-1)
-    sample = flat[::max(1, n//8192)].abs().float()
+    sample = _sample(dW).abs().float()
     for share in (1.3*k/n, 3*k/n, 1.):
         at = sample.topk(int(share*len(sample))+1).values[-1] if share<1 else -1
         found = flat>at
@@ -56,6 +57,11 @@ def largest(
         if len(found)>=k: break
     v,order = flat[found].abs().sort(descending=True, stable=True)
     return found[order[:k]],v[:k]
+
+def _sample(dW)->Tensor: # about 8192 entries of every part of `dW`
+    step = max(1, dW.numel()//8192)
+    while gcd(step, dW.shape[1])>1: step += 1                            # else it would meet the same few columns again and again
+    return dW.reshape(-1)[::step]
 
 # %% ../nbs/13_rules.ipynb #746fcc84
 class Collector:
@@ -222,6 +228,7 @@ def _exchange(
     order = worth.sort(stable=True).indices
     n = int(f*len(worth))
     weak = int((worth[order[:n]] < sure*worth.median()).sum()) if sure<torch.inf else n
+    if not weak: return Change(s, _dropped(s, order[:0]), n*s.block_size, at[:0])
     out,stay = order.tensor_split([weak])
     if channel is not None: key = diminish(key, channel.view(-1), _uses(channel, at[stay]))
     key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
