@@ -594,7 +594,7 @@ def table(self:Sweep,
 # %% ../nbs/22_sweep.ipynb #f19e91d5
 _COLORS = (_INK, _NEW, '#2a9d8f', '#8e6bbf', '#c99700', '#4f8fd0', '#b0476f', '#6b7a45', '#7f7f7f')
 
-def _colors(labels): return {l: _COLORS[i % len(_COLORS)] for i, l in enumerate(labels)}
+def _looks(labels): return {l: (_COLORS[i % len(_COLORS)], 'os^D'[i//len(_COLORS) % 4]) for i, l in enumerate(labels)}   # color, marker
 
 def plot_accuracy(
     lines:list,      # from `read_lines`
@@ -607,20 +607,20 @@ def plot_accuracy(
     at = [s for s in t.sparsities if s]
     fig = _figure(8, 3.8)
     ax = _plain(fig.subplots(), '', 'sparsity', 'test accuracy, %')
-    sparse = [l for l in labels if (l, 0) not in found]
+    sparse, looks = [l for l in labels if (l, 0) not in found], _looks(labels)
     for l in labels:
-        if l in sparse: _draw_method(ax, [found.get((l, s)) for s in at], l, _colors(labels)[l], .5*((sparse.index(l) + .5)/len(sparse) - .5))
-        else: _draw_band(ax, found[l, 0], l, _colors(labels)[l], len(at))
+        if l in sparse: _draw_method(ax, [found.get((l, s)) for s in at], l, *looks[l], .6*((sparse.index(l) + .5)/len(sparse) - .5))
+        else: _draw_band(ax, found[l, 0], l, looks[l][0], len(at))
     ax.set_xticks(range(len(at)), [f'{s:g}' for s in at])
     fig.legend(loc='outside right center', fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/22_sweep.ipynb #b58410b0
-def _draw_method(ax, found, label, color, shift):
+def _draw_method(ax, found, label, color, marker, shift):
     "A `Cell` or None for each sparsity, joined by a line"
     points = [(i + shift, c) for i, c in enumerate(found) if c]
     x, y = [p for p, _ in points], [100*c.mean for _, c in points]
-    ax.errorbar(x, y, yerr=[100*c.half if c.n > 1 else 0 for _, c in points], color=color, label=label, fmt='o-', ms=4, lw=1, elinewidth=1.4, capsize=2)
+    ax.errorbar(x, y, yerr=[100*c.half if c.n > 1 else 0 for _, c in points], color=color, label=label, fmt=marker+'-', ms=4, lw=1, elinewidth=1.4, capsize=2)
 
 def _draw_band(ax, c, label, color, n):
     "A method without sparsity"
