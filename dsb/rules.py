@@ -13,7 +13,7 @@ from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import patch
 from .structure import Structure, ShuffledBlocks, Unstructured
-from .extract import _column_norms, _column_sums, channels_of, cut_blocks, diminish, group_rows, refine_blocks
+from .extract import _column_norms, _column_sums, channels_of, cut_blocks, diminish, falling, group_rows, refine_blocks
 
 # %% ../nbs/13_rules.ipynb #acd979f0
 def plan_drops(
@@ -55,8 +55,9 @@ def largest(
         found |= flat<-at
         found = found.index_fill_(0, skip, False).nonzero().view(-1)
         if len(found)>=k: break
-    v,order = flat[found].abs().sort(descending=True, stable=True)
-    return found[order[:k]],v[:k]
+    v = flat[found].abs()
+    order = falling(v)[:k]
+    return found[order],v[order]
 
 def _sample(dW)->Tensor: # about 8192 entries of every part of `dW`
     step = max(1, dW.numel()//8192)
@@ -121,7 +122,7 @@ def grow_by_gradient(
     "Places of largest gradient among the inactive and the dropped"
     places = torch.cat([c.places, s.index()[drop]])
     scores = torch.cat([c.scores, c.active[drop].to(c.scores.dtype)])
-    return places[scores.sort(descending=True, stable=True).indices[:int(drop.sum())]]
+    return places[falling(scores)[:int(drop.sum())]]
 
 # %% ../nbs/13_rules.ipynb #fef7b0f5
 def grow_at_random(
@@ -225,7 +226,7 @@ def _exchange(
     "Drop the active columns of least worth, fill up with the best inactive ones"
     at = s.col_group*s.shape[1] + s.cols.long()
     key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
-    order = worth.sort(stable=True).indices
+    order = falling(-worth)
     n = int(f*len(worth))
     weak = int((worth[order[:n]] < sure*worth.median()).sum()) if sure<torch.inf else n
     if not weak: return Change(s, _dropped(s, order[:0]), n*s.block_size, at[:0])
