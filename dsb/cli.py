@@ -71,7 +71,7 @@ def _sparsity_options():
         (['--T'], dict(type=int, metavar='N'), 100, "steps between two updates of the structure"),
         (['--T_end'], dict(type=int, metavar='N'), None, "step at which updates end; default: 75000 or three quarters of the run, whichever comes first"),
         (['--alpha'], dict(type=float, metavar='F'), .3, "share of the active weights to drop at the first update; falls to 0 along a cosine"),
-        (['--rule'], dict(metavar='NAME'), None, "of dsb: columns (default), saliency, swap, or paper, the published one"),
+        (['--rule'], dict(metavar='NAME'), None, "of dsb: cover (default), columns, saliency, swap or paper, the published one"),
         (['--grow'], dict(metavar='BY'), None, "what growth goes by: gradient, norm (a bound that needs no dense gradient) or random; default: the method's own"),
         (['--accumulate'], dict(type=int, metavar='M'), 0, "sum the dense gradients of the last M steps; 0: those of the last backward pass"),
         (['--part'], dict(type=float, metavar='F'), 1., "share of the batch that dense gradients are made of"),
@@ -376,7 +376,7 @@ def _commands():
         show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
         export=(export_command, 'write the best weights of a run for ordinary dense layers'),
         sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),
-        bench=(bench_command, 'time layers or whole training steps against dense'))
+        bench=(bench_command, 'time layers and training steps against dense, and updates'))
 
 def main(
     argv:list=None, # words after `dsb`; None: those of this process
