@@ -609,7 +609,7 @@ def plot_accuracy(
     ax = _plain(fig.subplots(), '', 'sparsity', 'test accuracy, %')
     sparse, looks = [l for l in labels if (l, 0) not in found], _looks(labels)
     for l in labels:
-        if l in sparse: _draw_method(ax, [found.get((l, s)) for s in at], l, *looks[l], .6*((sparse.index(l) + .5)/len(sparse) - .5))
+        if l in sparse: _draw_method(ax, [found.get((l, s)) for s in at], l, *looks[l], .4*((sparse.index(l) + .5)/len(sparse) - .5))
         else: _draw_band(ax, found[l, 0], l, looks[l][0], len(at))
     ax.set_xticks(range(len(at)), [f'{s:g}' for s in at])
     fig.legend(loc='outside right center', fontsize=8, frameon=False)
