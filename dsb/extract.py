@@ -223,13 +223,12 @@ def diminish(
     uses:Tensor=None, # (channels,) columns of each channel that are taken already
 )->Tensor: # (n,) `worth` over the number of its channel's columns up to it
     "Worth with diminishing returns: the j-th best of a channel counts 1/j"
-    by,count = channel.sort(stable=True),channel.bincount()     # a table with a line for each channel: many short sorts are cheap
-    width = int(count.max())
-    cell = by.values*width + torch.arange(len(worth), device=worth.device) - (count.cumsum(0)-count)[by.values]
-    table = worth.new_full((len(count),width), -1).view(-1).index_copy_(0, cell, worth[by.indices]).view(-1,width)
-    order = falling(table)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
-    rank = torch.empty_like(channel).index_copy_(0, by.indices, rank.view(-1)[cell])
+    order = falling(worth)
+    order = order[falling(-channel[order].float())]             # channel after channel, the best first
+    count = channel.bincount()
+    first = count.cumsum(0)-count
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(worth), device=worth.device) - first[channel[order]]
     if uses is not None: rank += uses[channel]
     return worth/(1+rank)
 

@@ -225,12 +225,12 @@ def _exchange(
 )->Change:
     "Drop the active columns of least worth, fill up with the best inactive ones"
     at = s.col_group*s.shape[1] + s.cols.long()
-    key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
     order = falling(-worth)
     n = int(f*len(worth))
     weak = int((worth[order[:n]] < sure*worth.median()).sum()) if sure<torch.inf else n
     if not weak: return Change(s, _dropped(s, order[:0]), n*s.block_size, at[:0])
     out,stay = order.tensor_split([weak])
+    key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
     if channel is not None: key = diminish(key, channel.view(-1), _uses(channel, at[stay]))
     key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
     new = cut_blocks(key, s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
