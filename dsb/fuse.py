@@ -9,9 +9,11 @@ __all__ = ['batch_norm', 'norm_then', 'fuse', 'unfuse']
 import copy, operator as python
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
-from .ops import conv_structure, images_wanted, less_wanted, operator, picked, reveal
+from .kernels.reference import fits
+from .ops import _conv_args, _looks, less_wanted, operator, picked, reveal, structure_of
 
 # %% ../nbs/14_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -26,7 +28,6 @@ def _(x, weight, bias, residual, mean, var, eps, relu): return torch.empty_like(
 # %% ../nbs/14_fuse.ipynb #c8120073
 @operator('dsb::norm_backward')
 def _norm_backward(dy:Tensor, x:Tensor, y:Tensor|None, stats:Tensor, eps:float, relu:bool, batch:bool, need_x:bool, need_r:bool)->tuple[Tensor,Tensor,Tensor]:
-    dy = dy.contiguous(memory_format=torch.channels_last)
     dx,dr = (torch.empty_like(x) if o else None for o in (need_x,need_r))
     grads = kernels.norm_finish(dy, x, y, stats, kernels.norm_sums(dy, x, y, stats, relu), eps, relu, batch, dx, dr)
     return *(x.new_empty(0) if o is None else o for o in (dx,dr)),grads
@@ -51,10 +52,11 @@ def _gradients(ctx, dy, _):
 _norm.register_autograd(_gradients, setup_context=_save)
 
 # %% ../nbs/14_fuse.ipynb #5eeceb37
-def _plain(bn, x, residual, relu):
-    "By torch's own operations"
+def _plain(bn, x, residual=None, relu=False):
+    "By torch's own operations and the modules themselves"
     y = bn(x)
     if residual is not None: y = y+residual
+    if isinstance(relu, nn.Module): return relu(y)
     return F.relu(y, inplace=True) if relu else y
 
 def _native()->bool:
@@ -62,29 +64,32 @@ def _native()->bool:
     return not (kernels._library()[1] or cpu._library()[1])
 _native._dynamo_marked_constant = True   # what torch.compiler.assume_constant_result does, without importing the compiler
 
-def _overheard(m)->bool:
-    "Does anything hook into the module?"
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _is_just(m, kind)->bool:
+    "Is a module of exactly this type, with nobody hooking into its call?"
+    return type(m) is kind and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or 'forward' in m.__dict__ or m._compiled_call_impl or _has_any_global_hook())
+
+def _fits_channels(t, C): return t is None or t.shape==(C,) and t.dtype==torch.float32 and t.is_cpu
 
 def _suits(bn, x, residual):
     "Can the native operator stand in for these operations?"
-    last = x.dim()==4 and x.is_contiguous(memory_format=torch.channels_last)
-    if not last or x.device.type!='cpu' or x.dtype!=torch.float32 or x.numel()<=x.shape[1]: return False
-    if residual is not None and (residual.shape!=x.shape or residual.dtype!=x.dtype): return False
-    if bn.weight is not None and bn.weight.dtype!=x.dtype: return False
-    return picked('cpu') and not _overheard(bn) and _native()
+    if not x.is_cpu or x.dtype!=torch.float32 or x.dim()!=4 or x.numel()<=x.shape[1] or not x.is_contiguous(memory_format=torch.channels_last): return False
+    if residual is not None and not (residual.shape==x.shape and residual.dtype==x.dtype and residual.is_cpu and residual.layout is torch.strided): return False
+    if not picked('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
+    return all(_fits_channels(t, x.shape[1]) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)) and _native()
 
 # %% ../nbs/14_fuse.ipynb #c668a40d
 def batch_norm(
     x:Tensor,             # (N, C, H, W)
-    bn:nn.BatchNorm2d,    # the module to apply, its running statistics updated in training
+    bn:nn.Module,         # the BatchNorm to apply, its running statistics updated in training; any other module is called
     residual:Tensor=None, # added to the normalised x, of the same shape
-    relu:bool=False,      # end with a ReLU?
+    relu=False,           # end with a ReLU? or the module to end with
 )->Tensor: # like x
     "`relu(bn(x)+residual)` in one operation where that is possible"
+    if isinstance(relu, nn.Module) and not _is_just(relu, nn.ReLU): return relu(batch_norm(x, bn, residual))
     if not _suits(bn, x, residual): return _plain(bn, x, residual, relu)
     if residual is not None: residual = residual.contiguous(memory_format=torch.channels_last)
-    y,stats = _norm(x, bn.weight, bn.bias, residual, *_statistics(bn), bn.eps, relu)
+    y,stats = _norm(x, bn.weight, bn.bias, residual, *_statistics(bn), bn.eps, bool(relu))
     _update(bn, stats, x.numel()//x.shape[1])
     return y
 
@@ -96,7 +101,7 @@ def _statistics(bn):
 def _update(bn, stats, n):
     "In training, move the running statistics towards those of a batch of n values a channel"
     if not bn.training or bn.running_mean is None: return
-    bn.num_batches_tracked += 1
+    if bn.num_batches_tracked is not None: bn.num_batches_tracked.add_(1)
     m = bn.momentum if bn.momentum is not None else 1/float(bn.num_batches_tracked)
     bn.running_mean.lerp_(stats[0], m)
     bn.running_var.lerp_(stats[1]*(n/(n-1)), m)
@@ -104,37 +109,38 @@ def _update(bn, stats, n):
 # %% ../nbs/14_fuse.ipynb #3df25a58
 @operator('dsb::norm_conv2d')
 def _norm_conv2d(x:Tensor, weight:Tensor|None, bias:Tensor|None, values:Tensor, conv_bias:Tensor|None, mean:Tensor|None, var:Tensor|None, eps:float,
-                 rows:Tensor, group_ptr:Tensor, cols:Tensor, B:int, O:int,
+                 rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None, B:int, O:int, K:int,
                  kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int)->tuple[Tensor,Tensor]:
-    s,a = conv_structure(x, rows, group_ptr, cols, B, O, kernel_size, stride, padding, dilation, groups)
+    s,a = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum),_conv_args(kernel_size, stride, padding, dilation, groups)
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
     return cpu.norm_conv2d(x, stats, values, conv_bias, s, a),stats
 
 @_norm_conv2d.register_fake
-def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols, B, O, kernel_size, stride, padding, dilation, groups, key):
-    size = cpu.ConvArgs(kernel_size, stride, padding, dilation, groups).out_size(*x.shape[2:])
-    return x.new_empty(x.shape[0], O, *size).to(memory_format=torch.channels_last),x.new_empty(4, x.shape[1])
+def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols, checksum, B, O, K, kernel_size, stride, padding, dilation, groups, key):
+    a = _conv_args(kernel_size, stride, padding, dilation, groups)
+    fits(x, values, conv_bias, _looks(cols, B, O, K), a)
+    return x.new_empty(x.shape[0], O, *a.out_size(*x.shape[2:])).to(memory_format=torch.channels_last),x.new_empty(4, x.shape[1])
 
 # %% ../nbs/14_fuse.ipynb #448f281e
 @operator('dsb::norm_conv2d_backward')
-def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor, B:int, O:int,
-                          kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
+def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None,
+                          B:int, O:int, K:int, kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
                           eps:float, batch:bool, need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
-    s,a = conv_structure(x, rows, group_ptr, cols, B, O, kernel_size, stride, padding, dilation, groups)
-    dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and (not key or less_wanted(key, len(x))))
-    if need_values and key: dv = reveal(key, dy, kernels.norm(x[:images_wanted(key, len(x))], stats, None, True), dv, s, a)
+    s,a = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum),_conv_args(kernel_size, stride, padding, dilation, groups)
+    dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and less_wanted(key, len(x)))
+    if need_values and key: dv = reveal(key, dy, lambda n: kernels.norm(x[:n], stats, None, True), dv, s, a)
     grads = kernels.norm_finish(dx, x, None, stats, sums, eps, False, batch, dx if need_x else None, None)
     return dx,grads,x.new_empty(0) if dv is None else dv
 
 @_norm_conv2d_backward.register_fake
 def _(dy, x, values, stats, *args):
-    return torch.empty_like(x),x.new_empty(2, x.shape[1]),torch.empty_like(values) if args[-1] else x.new_empty(0)
+    return torch.empty_like(x),x.new_empty(2, x.shape[1]),values.new_empty(values.shape) if args[-1] else x.new_empty(0)
 
 # %% ../nbs/14_fuse.ipynb #8ce29ea1
 def _save_conv(ctx, inputs, output):
-    x,_,_,values,_,mean,_,ctx.eps,*tensors = inputs[:11]
+    x,_,_,values,_,mean,_,ctx.eps,*tensors = inputs[:12]
     ctx.mark_non_differentiable(output[1])
-    ctx.batch,ctx.rest,ctx.n_inputs = mean is None,inputs[11:],len(inputs)
+    ctx.batch,ctx.rest,ctx.n_inputs = mean is None,inputs[12:],len(inputs)
     ctx.save_for_backward(x, values, output[1], *tensors)
 
 def _conv_gradients(ctx, dy, _):
@@ -148,14 +154,15 @@ _norm_conv2d.register_autograd(_conv_gradients, setup_context=_save_conv)
 # %% ../nbs/14_fuse.ipynb #6221590d
 def _suits_conv(x, conv):
     "Can the convolution normalise its own input?"
-    if type(conv) is not SparseConv2d or conv.block_size not in cpu.block_sizes or conv.pad_first or conv.values.dtype!=x.dtype or x.shape[1]%16: return False
-    return not (torch.is_autocast_enabled('cpu') or _overheard(conv))
+    if not _is_just(conv, SparseConv2d) or conv.block_size not in cpu.block_sizes or conv.pad_first or x.shape[1]%16: return False
+    if conv._left is not None or conv.values.dtype!=x.dtype or not conv.values.is_cpu: return False
+    return not torch.is_autocast_enabled('cpu')
 
 def _into_conv(x, bn, conv):
     "`conv(relu(bn(x)))` in one operation"
     mean,var = _statistics(bn)
-    y,stats = _norm_conv2d(x, bn.weight, bn.bias, conv.values, conv.bias, mean, var, bn.eps, conv.rows, conv.group_ptr, conv.cols,
-                           conv.block_size, conv.shape[0], *conv.args, conv._key)
+    y,stats = _norm_conv2d(x, bn.weight, bn.bias, conv.values, conv.bias, mean, var, bn.eps, conv.rows, conv.group_ptr, conv.cols, conv.checksum,
+                           conv.block_size, *conv.shape, *conv.args, conv._key)
     _update(bn, stats, x.numel()//x.shape[1])
     return y
 
@@ -175,7 +182,6 @@ def _(x, weight, bias, mean, var, eps, kernel, stride, padding):
 @operator('dsb::norm_pool_backward')
 def _norm_pool_backward(dy:Tensor, x:Tensor, y:Tensor, place:Tensor, stats:Tensor, kernel:list[int], stride:list[int], padding:list[int],
                         eps:float, batch:bool, need_x:bool)->tuple[Tensor,Tensor]:
-    dy = dy.contiguous(memory_format=torch.channels_last)
     dx,grads = kernels.norm_pool_backward(dy, x, y, place, stats, kernel, stride, padding, eps, batch, need_x)
     return dx if need_x else x.new_empty(0),grads
 
@@ -200,11 +206,11 @@ _norm_pool.register_autograd(_pool_gradients, setup_context=_save_pool)
 # %% ../nbs/14_fuse.ipynb #a48a5374
 def _pair(v): return [v,v] if isinstance(v, int) else list(v)
 
-def _suits_pool(pool):
+def _suits_pool(x, pool):
     "Can the pooling be computed along with the normalisation?"
-    if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices or _pair(pool.dilation)!=[1,1]: return False
-    k,p = _pair(pool.kernel_size),_pair(pool.padding)
-    return k[0]*k[1]<255 and all(2*b<=a for a,b in zip(k, p)) and not _overheard(pool)
+    if not _is_just(pool, nn.MaxPool2d) or pool.ceil_mode or pool.return_indices or _pair(pool.dilation)!=[1,1]: return False
+    k,p,s = map(_pair, (pool.kernel_size, pool.padding, pool.stride))
+    return k[0]*k[1]<255 and all(0<=2*b<=a<=n+2*b and c>0 for a,b,c,n in zip(k, p, s, x.shape[2:]))
 
 def _into_pool(x, bn, pool):
     "`pool(relu(bn(x)))` in one operation"
@@ -215,14 +221,15 @@ def _into_pool(x, bn, pool):
 # %% ../nbs/14_fuse.ipynb #9f5f8d20
 def norm_then(
     x:Tensor,           # (N, C, H, W)
-    bn:nn.BatchNorm2d,  # the module to apply, its running statistics updated in training
+    bn:nn.Module,       # the BatchNorm to apply, its running statistics updated in training; any other module is called
+    relu,               # True for a ReLU, or the module that stands in its place
     reader:nn.Module,   # what reads the result
 )->Tensor: # what the reader makes of it
     "`reader(relu(bn(x)))`, in one operation if the reader is a sparse convolution or a max pooling"
-    if _suits(bn, x, None):
+    if (relu is True or _is_just(relu, nn.ReLU)) and _suits(bn, x, None):
         if _suits_conv(x, reader): return _into_conv(x, bn, reader)
-        if _suits_pool(reader): return _into_pool(x, bn, reader)
-    return reader(batch_norm(x, bn, None, True))
+        if _suits_pool(x, reader): return _into_pool(x, bn, reader)
+    return reader(batch_norm(x, bn, None, relu))
 
 # %% ../nbs/14_fuse.ipynb #8d61c194
 class _Children(fx.Tracer):
@@ -249,7 +256,7 @@ _adds = {python.add, python.iadd, torch.add, 'add', 'add_'}
 
 def _is(node, modules, kind, names)->bool:
     "Is a node a call of a module of this type, or of one of these functions?"
-    if node.op=='call_module': return type(modules.get(node.target)) is kind and not _overheard(modules[node.target])
+    if node.op=='call_module': return type(modules.get(node.target)) is kind
     return node.op in ('call_function','call_method') and node.target in names
 
 def _norm_of(node, modules):
@@ -279,11 +286,12 @@ def _put(graph, modules, nodes, relu):
     bn = nodes[-1]
     reader = _reader(nodes[0], modules) if relu and len(nodes)==2 else None
     residual = next(o for o in nodes[1].args if o is not bn) if len(nodes)==3 else None
+    module = nodes[0].target if relu and nodes[0].op=='call_module' else None
     if reader: nodes = (reader,*nodes)
     with graph.inserting_before(nodes[0]):
-        m = graph.get_attr(bn.target)
-        new = graph.call_function(norm_then, (bn.args[0], m, graph.get_attr(reader.target))) if reader else \
-              graph.call_function(batch_norm, (bn.args[0], m, residual, relu))
+        m,end = graph.get_attr(bn.target),graph.get_attr(module) if module else relu
+        new = graph.call_function(norm_then, (bn.args[0], m, end, graph.get_attr(reader.target))) if reader else \
+              graph.call_function(batch_norm, (bn.args[0], m, residual, end))
     nodes[0].replace_all_uses_with(new)
     for o in nodes: graph.erase_node(o)
 
@@ -306,6 +314,19 @@ class _Fused:
         new = memo[id(self)] = _blank(type(self))
         new.__setstate__(copy.deepcopy(self._state(), memo))
         return new
+    def _undo(self): object.__setattr__(self, '__class__', self._unfused)
+    def __setattr__(self, name, value):
+        if _harmless(name, getattr(self, name, None), value): return super().__setattr__(name, value)
+        self._undo()
+        setattr(self, name, value)
+    def __delattr__(self, name):
+        self._undo()
+        delattr(self, name)
+
+def _harmless(name, old, new)->bool:
+    "Does a recorded `forward` stay right when an attribute changes like this?"
+    if name=='training' or new is old: return True
+    return any(isinstance(old, o) and isinstance(new, o) for o in (nn.Module, Tensor))
 
 def _become(m, forward):
     "Give a module a new `forward`"
@@ -319,9 +340,8 @@ def _sequential(self, x):
     while todo:
         m = todo.pop()
         if type(m) is not nn.BatchNorm2d: x = m(x); continue
-        relu = bool(todo) and type(todo[-1]) is nn.ReLU and not _overheard(todo[-1])
-        if relu: todo.pop()
-        if relu and todo and isinstance(todo[-1], (nn.Conv2d,SparseConv2d,nn.MaxPool2d)): x = norm_then(x, m, todo.pop())
+        relu = todo.pop() if todo and type(todo[-1]) is nn.ReLU else False
+        if relu and todo and isinstance(todo[-1], (nn.Conv2d,nn.MaxPool2d)): x = norm_then(x, m, relu, todo.pop())
         else: x = batch_norm(x, m, None, relu)
     return x
 
@@ -349,5 +369,5 @@ def unfuse(
 )->nn.Module: # the same model
     "Undo `fuse`"
     for m in list(model.modules()):
-        if isinstance(m, _Fused): m.__class__ = m._unfused
+        if isinstance(m, _Fused): m._undo()
     return model

@@ -7,7 +7,7 @@ __all__ = ['RULES', 'plan_drops', 'confirm_drops', 'largest', 'Collector', 'grow
            'entries', 'paper', 'columns', 'saliency', 'cover', 'swap']
 
 # %% ../nbs/13_rules.ipynb #89c166a8
-import torch
+import torch, weakref
 from math import gcd
 from torch import Tensor
 from typing import NamedTuple
@@ -66,26 +66,54 @@ def _sample(dW)->Tensor: # about 8192 entries of every part of `dW`
 
 # %% ../nbs/13_rules.ipynb #746fcc84
 class Collector:
-    "Keeps of a dense gradient what a rule needs"
+    "Keeps of a step's dense gradient what a rule needs"
     def __init__(self,
         s:Structure,         # of the layer
         k:int=0,             # inactive entries to keep, the largest
         columns:bool=False,  # keep the norm of each column over the rows of each group?
-        accumulate:bool=False, # sum the gradients that come? needs a dense buffer
+        whole:bool=False,    # keep the dense gradient until `finish`, so that several can be added up?
         norms:bool=False,    # let the layer show the bound of `norm_bound` instead
         part:float=1,        # share of the batch to see, in (0, 1]
+        values:Tensor=None,  # of the layer; their `grad` tells which backward passes belong to a step
+        counting:bool=False, # only count how often the layer is used in a step?
     ):
-        self.s,self.k,self.columns,self.accumulate,self.norms,self.part = s,k,columns,accumulate,norms,part
-        self.total = self.compact = self.active = None
+        self.s,self.k,self.columns,self.whole,self.norms,self.part,self.counting = s,k,columns,whole,norms,part,counting
+        self.values = None if values is None else weakref.ref(values)
+        self.total = self.total_compact = None
+        self._forget()
+
+    def _forget(self):
+        self.uses,self.task,self.torn,self.finite = 0,-1,False,True
+        self.dense = self.compact = self.active = None
 
     def __call__(self,
-        dW:Tensor,           # (O, K)
+        dW:Tensor,           # (O, K); None: just one more use
         compact:Tensor=None, # gradient of `values`; None: that in `dW`
     ):
-        if self.accumulate:
-            self.total = dW.clone() if self.total is None else self.total.add_(dW)
-            if compact is not None: self.compact = compact.clone() if self.compact is None else self.compact.add_(compact)
-        else: self._reduce(dW, compact)
+        if self._anew(): self._forget()
+        self.uses,self.task = self.uses+1,torch._C._current_graph_task_id()
+        if self.counting: return
+        if self.whole: self.dense,self.compact = _added(self.dense, dW),_added(self.compact, compact)
+        elif self.uses==1: self._reduce(dW, compact)
+        else: self.torn,self.active = True,None
+
+def _added(a, b): return b if b is None else b.clone() if a is None else a.add_(b)
+
+# %% ../nbs/13_rules.ipynb #ce341392
+@patch
+def _anew(self:Collector)->bool:
+    "Was what came before no part of this step? Another backward pass, and nothing of it is left in the gradient"
+    if not self.uses or torch._C._current_graph_task_id()==self.task or self.values is None: return False
+    p = self.values()
+    return p is not None and (p.grad is None or not bool(p.grad.any()))
+
+@patch
+def commit(self:Collector)->int: # how often the layer was used in it
+    "The optimizer has stepped: what came belongs to that step, what comes to the next one"
+    self.total,self.total_compact = (a if b is None else b if a is None else a.add_(b) for a,b in ((self.total,self.dense),(self.total_compact,self.compact)))
+    self.dense = self.compact = None
+    uses,self.uses,self.task = self.uses,0,-1
+    return uses
 
 # %% ../nbs/13_rules.ipynb #cd485f4a
 @patch
@@ -99,10 +127,11 @@ def _reduce(self:Collector, dW, compact):
 
 @patch
 def finish(self:Collector)->bool: # None if no gradient came
-    "Were all gradients finite?"
+    "Is the gradient complete and finite? To be asked after the last `commit`"
     if self.total is not None:
-        self._reduce(self.total, self.compact)
-        self.total = self.compact = None
+        self._reduce(self.total, self.total_compact)
+        self.total = self.total_compact = None
+    if self.torn: return False
     return None if self.active is None else bool(self.finite)
 
 def _positions(s)->Tensor: # flat, of the active weights
@@ -228,14 +257,14 @@ def _exchange(
     order = falling(-worth)
     n = int(f*len(worth))
     weak = int((worth[order[:n]] < sure*worth.median()).sum()) if sure<torch.inf else n
-    if not weak: return Change(s, _dropped(s, order[:0]), n*s.block_size, at[:0])
+    if not weak: return Change(s, _dropped(s, order[:0]), int(_dropped(s, order[:n]).sum()), at[:0])
     out,stay = order.tensor_split([weak])
     key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
     if channel is not None: key = diminish(key, channel.view(-1), _uses(channel, at[stay]))
     key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
     new = cut_blocks(key, s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
     drop = _dropped(s, out)
-    return Change(new, drop, int(drop.sum()) if weak==n else n*s.block_size, _new_entries(at, new))
+    return Change(new, drop, int(_dropped(s, order[:n]).sum()), _new_entries(at, new))
 
 # %% ../nbs/13_rules.ipynb #e7cf6120
 def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where nobody asks, or the present row groups are good enough

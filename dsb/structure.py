@@ -32,11 +32,12 @@ def mask(self:Structure)->Tensor: # (O, K) bool
 # %% ../nbs/01_structure.ipynb #047fd9c7
 @patch
 def scatter(self:Structure,
-    values:Tensor, # compact values, any floating dtype
+    values:Tensor, # compact values, any dtype, of the shape of `index`
 )->Tensor: # (O, K), zero where no weight is active
     "Dense matrix holding `values` at their places"
-    O,K = self.shape
-    i = self.index().view(-1)
+    (O,K),i = self.shape,self.index()
+    if values.shape!=i.shape: raise ValueError(f'values of shape {tuple(values.shape)}: expected {tuple(i.shape)} for {self}')
+    i = i.view(-1)
     if self.padded: i = torch.where(i<0, O*K, i)   # one place past the end swallows what is not there
     out = values.new_zeros(O*K+self.padded).index_copy_(0, i, values.reshape(-1))
     return out[:O*K].view(O,K)
@@ -47,6 +48,8 @@ def gather(self:Structure,
     dense:Tensor, # (O, K) or any shape with O·K entries
 )->Tensor: # compact values, 0 where nothing is stored
     "Entries of `dense` at the active places"
+    O,K = self.shape
+    if dense.numel()!=O*K: raise ValueError(f'a dense tensor of shape {tuple(dense.shape)}: expected {O}·{K} entries for {self}')
     i = self.index()
     v = dense.reshape(-1)[i.clamp(min=0)]
     return v.masked_fill(i<0, 0) if self.padded else v
@@ -73,6 +76,22 @@ def __eq__(self:Structure, other):
     return (type(self) is type(other) and self.shape==other.shape and self.block_size==other.block_size
         and all(torch.equal(a,b) for a,b in zip(self.state().values(), other.state().values())))
 
+# %% ../nbs/01_structure.ipynb #26982ef8
+def _int32(
+    name:str, # for the message
+    t:Tensor, # 1-d, whole numbers of any dtype
+)->Tensor: # int32; `t` itself if it has that type
+    "Whole numbers as int32, or a ValueError"
+    if not isinstance(t, Tensor) or t.dim()!=1:
+        raise ValueError(f'{name}: expected a 1-d tensor of whole numbers, got {_described(t)}')
+    if t.dtype==torch.int32: return t
+    if t.is_complex(): raise ValueError(f'{name}: expected whole numbers, got {_described(t)}')
+    whole = t.to(torch.int32)
+    if not (t.is_meta or torch.equal(whole.to(t.dtype), t)): raise ValueError(f'{name}: expected whole numbers below 2³¹, got {_described(t)} with others')
+    return whole
+
+def _described(t): return f'shape {tuple(t.shape)} of {str(t.dtype)[6:]}' if isinstance(t, Tensor) else type(t).__name__
+
 # %% ../nbs/01_structure.ipynb #3cc4fea5
 class ShuffledBlocks(Structure):
     "Row groups of `block_size` rows and the columns each of them uses"
@@ -85,9 +104,9 @@ class ShuffledBlocks(Structure):
         shape:tuple,      # (O, K) of the weight matrix
         check:bool=True,  # validate the tensors?
     ):
-        self.rows,self.group_ptr,self.cols = (o.to(torch.int32) for o in (rows, group_ptr, cols))
+        self.rows,self.group_ptr,self.cols = _int32('rows', rows),_int32('group_ptr', group_ptr),_int32('cols', cols)
         self.block_size,self.shape,self.cache = int(block_size),tuple(map(int, shape)),{}
-        self.padded = len(self.rows)!=self.shape[0]
+        self.padded,self.values_shape = len(self.rows)!=self.shape[0],(len(self.cols),self.block_size)
         if check: self.validate()
 
 # %% ../nbs/01_structure.ipynb #569515df
@@ -118,25 +137,34 @@ def index(self:ShuffledBlocks)->Tensor: # (n_blocks·B, B) int64
 @patch(as_prop=True)
 def nnz(self:ShuffledBlocks)->int:
     "Number of active weights; absent rows do not count"
+    if not self.padded: return len(self.cols)*self.block_size
     present = (self.rows.view(-1,self.block_size)>=0).sum(1)
     return int((present*self.group_ptr.diff()).sum())
 
 # %% ../nbs/01_structure.ipynb #d2a64b1b
 @patch
-def validate(self:ShuffledBlocks):
+def validate(self:ShuffledBlocks,
+    groups:int=1, # convolution groups, which row groups must not cross
+):
     "Raise `ValueError` naming the first broken rule"
-    (O,K),B,rows,ptr,cols = self.shape,self.block_size,self.rows,self.group_ptr,self.cols
+    (O,K),B,rows,ptr,cols = self.shape,self.block_size,self.rows,self.group_ptr.long(),self.cols.long()
     def need(ok, msg):
         if not bool(ok): raise ValueError(f'not a shuffled-block structure: {msg}')
     need(B>=1, f'block_size={B}, expected at least 1')
+    need(O>=1 and K>=1, f'a weight of {O}×{K}, expected at least 1×1')
     need(len(rows)%B==0 and len(ptr)==len(rows)//B+1, f'{len(rows)} row slots and {len(ptr)} group pointers, expected G·{B} and G+1')
     need(torch.equal(rows[rows>=0].sort().values, torch.arange(O, dtype=torch.int32, device=rows.device)), f'rows must hold each of 0..{O-1} once')
     grid,size = rows.view(-1,B),ptr.diff()
-    need((grid[:,0]>=0).all() and ((grid[:,1:]<0)|(grid[:,:-1]>=0)).all(), 'absent rows (-1) must come last in their group')
-    need(ptr[0]==0 and ptr[-1]==len(cols) and (size>=0).all(), f'group_ptr must rise from 0 to {len(cols)}, got {ptr.tolist()}')
-    need((size%B==0).all(), f'groups need whole blocks of {B} columns, got {size.tolist()}')
+    need((rows>=-1).all() and (grid[:,0]>=0).all() and ((grid[:,1:]<0)|(grid[:,:-1]>=0)).all(), 'absent rows (-1) must come last in their group')
+    need(ptr[0]==0 and ptr[-1]==len(cols) and (size>=0).all(), f'group_ptr must rise from 0 to {len(cols)}, got {_some(ptr)}')
+    need((size%B==0).all(), f'groups need whole blocks of {B} columns, got {_some(size)}')
     need(((cols>=0)&(cols<K)).all(), f'columns must lie in 0..{K-1}')
-    need(len((self.col_group*K+cols).unique())==len(cols), 'a group uses a column twice')
+    key = (self.col_group*K+cols).sort().values
+    need((key[1:]!=key[:-1]).all(), 'a group uses a column twice')
+    of = grid.long()//(O//groups)
+    need(groups==1 or ((of==of[:,:1])|(grid<0)).all(), f'a row group crosses convolution groups, expected rows of one of the {groups} groups only')
+
+def _some(t): return str(t.tolist()) if len(t)<9 else f'[{", ".join(map(str, t[:8].tolist()))}, …]' 
 
 # %% ../nbs/01_structure.ipynb #f23cba7c
 @patch
@@ -153,7 +181,24 @@ def _extra(self:ShuffledBlocks): return dict(block_size=self.block_size)
 @patch
 def __repr__(self:ShuffledBlocks):
     (O,K),B = self.shape,self.block_size
+    if self.cols.is_meta: return f'ShuffledBlocks({O}×{K}, {self.n_blocks} blocks of {B}×{B} on the meta device)'
     return f'ShuffledBlocks({O}×{K}, {self.n_blocks} blocks of {B}×{B} in {self.n_groups} row groups, density {self.density:.4g})'
+
+# %% ../nbs/01_structure.ipynb #3271ab7e
+def _mixed(x:Tensor)->Tensor: # int64 -> int64
+    "Numbers whose bits depend on all bits of `x`: the finalizer of SplitMix64"
+    x = (x^(x>>30))*-4658895280553007687
+    x = (x^(x>>27))*-7723592293110705685
+    return x^(x>>31)
+
+@patch
+def checksum(self:Structure)->Tensor: # (64,) bool
+    "Bits that are, all but surely, others than those of any other structure"
+    total = 0
+    for n,t in enumerate(self.state().values()):
+        place = torch.arange(n<<40, (n<<40)+len(t), device=t.device)
+        total = total + _mixed(t.long() + _mixed(place)).sum()
+    return (total >> torch.arange(64, device=t.device)) % 2 == 1
 
 # %% ../nbs/01_structure.ipynb #07a87e1e
 def _equal_rows(
@@ -232,16 +277,19 @@ class Unstructured(Structure):
         shape:tuple,     # (O, K) of the weight matrix
         check:bool=True, # validate the tensor?
     ):
-        self.flat,self.shape,self.cache = flat.to(torch.int32),tuple(map(int, shape)),{}
+        self.flat,self.shape,self.cache = _int32('flat', flat),tuple(map(int, shape)),{}
+        self.values_shape = (len(self.flat),1)
         if check: self.validate()
 
 # %% ../nbs/01_structure.ipynb #a0ca6e17
 @patch
-def validate(self:Unstructured):
+def validate(self:Unstructured,
+    groups:int=1, # convolution groups; of no importance here
+):
     "Raise `ValueError` naming the first broken rule"
-    n,f = self.shape[0]*self.shape[1],self.flat
-    if f.dim()!=1 or not bool(((f>=0)&(f<n)).all()): raise ValueError(f'not an unstructured structure: positions must lie in 0..{n-1}')
-    if len(f.unique())!=len(f): raise ValueError('not an unstructured structure: a position occurs twice')
+    n,f = self.shape[0]*self.shape[1],self.flat.sort().values
+    if not bool(((f>=0)&(f<n)).all()): raise ValueError(f'not an unstructured structure: positions must lie in 0..{n-1}')
+    if bool((f[1:]==f[:-1]).any()): raise ValueError('not an unstructured structure: a position occurs twice')
 
 @patch
 def index(self:Unstructured)->Tensor: # (nnz, 1) int64

@@ -6,8 +6,9 @@
 __all__ = ['DEFAULT_RULE', 'Move', 'check_update', 'Updater', 'pack_mask', 'unpack_mask', 'LayerReport', 'Report']
 
 # %% ../nbs/13_topology.ipynb #72e304c2
+import gc, math, weakref
 import torch
-import math, weakref
+import torch.distributed as dist
 from torch import Tensor
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -15,7 +16,7 @@ from .structure import Structure
 from .rules import RULES, Collector, entries
 from .density import one_of
 from .schedule import drop_fraction, is_update
-from .sparsify import sparse_layers
+from .sparsify import sparse_layers, unwrapped
 
 # %% ../nbs/13_topology.ipynb #0b60ca2f
 class Move:
@@ -78,24 +79,75 @@ def check_update(
     return grow,*_update_rule(method, rule, grow)
 
 # %% ../nbs/13_topology.ipynb #432ebbbf
-def _check_model(layers, opt, method):
-    "Raise unless `method` can work on these layers with this optimizer"
+def _check_model(layers, method):
+    "Raise unless `method` can work on these layers"
     blocks = _methods[method][0]
     if not layers: raise ValueError('the model has no sparse layers: call dsb.sparsify on it first')
     for n,m in layers.items():
+        if hasattr(m.values, 'placements'): raise ValueError(f'the values of {n!r} are sharded over processes: weights can move only where a layer is whole, use DistributedDataParallel')
         if bool(m.block_size)!=blocks:
             raise ValueError(f"method={method!r} needs {'blocks' if blocks else 'single entries'}, but {n!r} has {'blocks of '+str(m.block_size) if m.block_size else 'single entries'}: "
                              f"sparsify with block_size {'16, say' if blocks else '0'}, or use {'dsb or ssb' if m.block_size else 'rigl, set or static'}")
-    if type(opt).__name__ in _no_relayout: raise ValueError(f'optimizer {type(opt).__name__}: its state cannot follow weights that move; use SGD, Adam, AdamW or another whose state has the shape of the parameters')
-    held = {id(p) for g in opt.param_groups for p in g['params']}
-    missing = [n for n,m in layers.items() if id(m.values) not in held]
-    if missing: raise ValueError(f'the optimizer does not hold the values of {missing[0]!r}: make it after sparsify, from model.parameters()')
+
+# %% ../nbs/13_topology.ipynb #d5e15c80
+def _levels(opt)->list:
+    "The optimizer and all those inside it, outermost first"
+    found,todo = [],[opt]
+    while todo:
+        o = todo.pop(0)
+        if any(o is f for f in found): continue
+        found.append(o)
+        inside = [i for v in vars(o).values() for i in (v if isinstance(v, (list,tuple)) else [v])] if hasattr(o, '__dict__') else []
+        todo += [i for i in inside if isinstance(i, torch.optim.Optimizer)]
+    return found
+
+def _stepping(levels)->list:
+    "Those that make the steps: torch optimizers with no other one inside"
+    real = [o for o in levels if isinstance(o, torch.optim.Optimizer) and hasattr(o, '_optimizer_step_post_hooks')]
+    leaves = [o for o in real if len(_levels(o))==1]
+    if not leaves: raise ValueError(f'optimizer {type(levels[0]).__name__}: neither it nor anything in it is a torch.optim.Optimizer that tells of its steps; pass the one that makes the steps')
+    return leaves
+
+def _held(leaves)->set: return {id(p) for o in leaves for g in o.param_groups for p in g['params']}
+
+def _check_optimizer(levels, layers):
+    "Raise unless weights of these layers can move with this optimizer"
+    for o in levels:
+        if type(o).__name__ in _no_relayout: raise ValueError(f'optimizer {type(o).__name__}: its state cannot follow weights that move; use SGD, Adam, AdamW or another whose state has the shape of the parameters')
+    held = _held(_stepping(levels))
+    missing = [n for n,m in layers.items() if m.values.requires_grad and id(m.values) not in held]
+    if missing: raise ValueError(f'the optimizer does not hold the values of {missing[0]!r}: make it after sparsify, from model.parameters(); or freeze the layer with requires_grad_(False)')
+    _check_state(levels, layers)
+
+# %% ../nbs/13_topology.ipynb #dd8baaf1
+def _state(levels, p)->dict: # id of a tensor -> (where, name, tensor or container of tensors)
+    "All that optimizers keep for a parameter"
+    found = {}
+    for o in levels:
+        kept = getattr(o, 'state', {})
+        kept = kept.get(p, {}) if hasattr(kept, 'get') else {}
+        for k,v in (kept.items() if isinstance(kept, dict) else [('state',kept)]): found[id(v)] = type(o).__name__,k,v
+    return found
+
+def _tensors_in(v):
+    "Tensors inside lists, tuples and dictionaries"
+    if isinstance(v, Tensor): yield v
+    elif isinstance(v, (list,tuple)): yield from (t for o in v for t in _tensors_in(o))
+    elif isinstance(v, dict): yield from (t for o in v.values() for t in _tensors_in(o))
+
+def _check_state(levels, layers):
+    "Raise for optimizer state that cannot be re-laid"
+    for n,m in layers.items():
+        for who,k,v in _state(levels, m.values).values():
+            odd = [t for t in _tensors_in(v) if t.numel()>1 and (t.shape!=m.values.shape or not isinstance(v, Tensor))]
+            if odd: raise ValueError(f'optimizer {who}: state {k!r} of {n!r} has shape {tuple(odd[0].shape)}{"" if isinstance(v, Tensor) else f" in a {type(v).__name__}"}, '
+                                     f'expected a tensor of shape {tuple(m.values.shape)} or a scalar, which can move with the weights; use SGD, Adam or AdamW')
 
 # %% ../nbs/13_topology.ipynb #fcb00068
 class Updater:
     "Drops and grows weights of a sparse model while it trains"
     def __init__(self,
-        model:torch.nn.Module,      # with sparse layers
+        model:torch.nn.Module,      # with sparse layers; may be in a `DistributedDataParallel` or compiled
         opt:torch.optim.Optimizer,  # that holds their values; its state moves with them
         method:str='dsb',           # 'dsb' or 'ssb' for blocks; 'rigl', 'set' or 'static' for single entries
         T:int=100,                  # steps between updates
@@ -105,35 +157,58 @@ class Updater:
         grow:str=None,              # 'gradient', 'norm' (its bound) or 'random'; None: the method's own
         schedule:str='cosine',      # how the drop fraction falls: 'cosine', 'linear' or 'constant'
         follow=(),                  # further models with the same structures to re-lay at the same moment, such as a moving average
-        accumulate:int=0,           # sum the dense gradients of this many steps; 0: the last backward call decides
+        accumulate:int=0,           # sum the dense gradients of this many steps; 0: that of the step, kept dense only where it comes in parts
         part:float=1.,              # share of the batch that the dense gradient is made of, in (0, 1]
         regroup:int=0,              # of the rules that move columns: consider other row groups at every so many updates; 0: never
         generator:torch.Generator=None, # for random growth, on the CPU
+        group=None,                 # processes that train this model together; None: those of the `DistributedDataParallel` around it, if there is one
     ):
         self.grow,self.rule,self.keeps = check_update(method, T, rule, grow, accumulate, part, regroup)
         drop_fraction(0, T_end, alpha, schedule)   # raises for a bad T_end, alpha or schedule
-        self.layers = {_plain(n):m for n,m in sparse_layers(model).items()}
-        _check_model(self.layers, opt, method)
-        self.opt,self.method,self.T,self.T_end,self.alpha,self.schedule = opt,method,int(T),T_end,alpha,schedule
-        self.accumulate,self.part,self.regroup = int(accumulate),part,regroup
+        self.layers,self.levels = sparse_layers(model),_levels(opt)
+        _check_model(self.layers, method)
+        _check_optimizer(self.levels, self.layers)
         self.followers = [_followers(self.layers, o) for o in follow]
+        self.opt,self.method,self.T,self.T_end,self.alpha,self.schedule = opt,method,int(T),T_end,alpha,schedule
+        self.accumulate,self.part,self.regroup,self.group = int(accumulate),part,regroup,group or _group_of(model)
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.t,self.pending,self.updates = 0,False,0
+        self.t,self.pending,self.updates,self.uses,self.retired = 0,False,0,{},False
         self.ever = {n:pack_mask(m.structure.mask()) for n,m in self.layers.items()}
+        self._take_over()
         self._watch_steps()
         self._arm()
 
 # %% ../nbs/13_topology.ipynb #5166e7ae
-def _plain(name):
-    "Module name without the wrappers of `torch.compile` and `DistributedDataParallel`"
-    return '.'.join(o for o in name.split('.') if o not in ('_orig_mod','module'))
-
-def _followers(layers, model):
-    "Sparse layers of `model` that correspond to `layers`"
-    res = {_plain(n):m for n,m in sparse_layers(model).items()}
-    if list(res)!=list(layers) or any(res[n].structure!=m.structure for n,m in layers.items()):
+def _followers(layers, model)->dict:
+    "Name in `layers` -> the layer of `model` that corresponds to it"
+    others = list(sparse_layers(model).values())
+    if len(others)!=len(layers) or any(o is m or o.structure!=m.structure for o,m in zip(others, layers.values())):
         raise ValueError('follow: expected models with the same sparse layers and structures, such as a deep copy of the model')
-    return res
+    return dict(zip(layers, others))
+
+# %% ../nbs/13_topology.ipynb #2a9e6037
+@patch
+def _take_over(self:Updater):
+    "Become the updater of the layers"
+    for m in self.layers.values():
+        if before := m._updater and m._updater(): before._retire()
+        m.__dict__['_updater'] = weakref.ref(self)
+        m.collect = None
+    self.hooks = []
+    weakref.finalize(self, _let_go, [weakref.ref(m) for m in self.layers.values()], self.hooks)
+
+def _let_go(layers, hooks):
+    "What remains to be done when an updater is gone"
+    for h in hooks: h.remove()
+    for m in (o() for o in layers):
+        if m is not None and not (m._updater and m._updater()): m.collect = None
+
+@patch
+def _retire(self:Updater):
+    self.retired = True
+    for h in self.hooks: h.remove()
+    for m in self.layers.values():
+        if m._updater and m._updater() is self: m.__dict__['_updater'],m.collect = None,None
 
 # %% ../nbs/13_topology.ipynb #c2ba4bac
 def pack_mask(
@@ -163,37 +238,67 @@ def _count(bits:Tensor)->int:
 # %% ../nbs/13_topology.ipynb #2a5f6553
 @patch
 def _watch_steps(self:Updater):
-    "Note when the optimizer steps"
-    me = weakref.ref(self)
-    def stepped(*_):
-        if me(): me().stepped = True
-    self.stepped = False
-    self.opt.register_step_post_hook(stepped)
+    "Note which of the innermost optimizers have stepped"
+    me,self.stepped,self.seen_state = weakref.ref(self),set(),False
+    def stepped(opt, *_):
+        if u := me(): u._note_step(opt)
+    self.stepping = _stepping(self.levels)
+    self.hooks += [o.register_step_post_hook(stepped) for o in self.stepping]
+
+@patch
+def _note_step(self:Updater, opt):
+    self.stepped.add(id(opt))
+    if not self.seen_state: _check_state(self.levels, self.layers)
+    self.seen_state = True
+
+@patch
+def _has_stepped(self:Updater): return len(self.stepped)==len(self.stepping)
 
 @patch
 def _due(self:Updater, ahead=0): # is there an update so many steps ahead?
     t = self.t+ahead
     return self.grow is not None and t<self.T_end and ((self.pending and not ahead) or is_update(t, self.T, self.T_end))
 
+# %% ../nbs/13_topology.ipynb #de181b6f
 @patch
-def _collector(self:Updater, m, t):
+def _collector(self:Updater, name, m, t):
     "What a layer keeps of its gradient for the update after step `t`"
     k = int(drop_fraction(t, self.T_end, self.alpha, self.schedule)*m.structure.nnz)
     regroup = self.regroup and self.keeps=='columns' and (self.updates+1)%self.regroup==0
-    return Collector(m.structure, k if self.keeps=='entries' or regroup else 0, self.keeps=='columns', bool(self.accumulate), self.grow=='norm', self.part)
+    whole = bool(self.accumulate) or self.group is not None or self.uses.get(name)!=1
+    return Collector(m.structure, k if self.keeps=='entries' or regroup else 0, self.keeps=='columns', whole, self.grow=='norm', self.part, m.values)
 
 @patch
 def _arm(self:Updater):
     "Give each layer a collector if a step to come ends in an update that needs gradients"
+    if self.grow in (None,'random'): return
     ahead = next((i for i in range(max(1, self.accumulate)) if self._due(i)), None)
-    if ahead is None or self.grow in (None,'random'): return
-    for m in self.layers.values():
-        if m.collect is None: m.collect = self._collector(m, self.t+ahead)
+    count = ahead is None and not self.accumulate and self.group is None and self._due(1)
+    if ahead is None and not count: return
+    for n,m in self.layers.items():
+        if not m.values.requires_grad or m.collect and (count or not m.collect.counting): continue
+        m.collect = Collector(m.structure, values=m.values, counting=True) if count else self._collector(n, m, self.t+ahead)
 
 # %% ../nbs/13_topology.ipynb #59f26b5f
 @patch
+def _commit(self:Updater):
+    "The optimizer has stepped: note what belongs to this step"
+    for n,m in self.layers.items():
+        c = m.collect
+        if c is None: continue
+        uses = c.commit()
+        if uses or c.counting: self.uses[n] = uses
+        if c.counting: m.collect = None
+
+@patch
+def _ready(self:Updater)->bool:
+    "Are there gradients to grow by, all of them complete and finite, on every process?"
+    if self.group is None: self.group = _group_around(self.layers)
+    if self.group is not None: return self._ready_together()
+    return self._has_stepped() and (self.grow=='random' or self._scored())
+
+@patch
 def _scored(self:Updater)->bool:
-    "Are there gradients to grow by, and all of them finite?"
     seen = [m.collect and m.collect.finish() for m in self.layers.values()]
     return any(seen) and False not in seen
 
@@ -201,31 +306,86 @@ def _scored(self:Updater)->bool:
 @patch
 def step(self:Updater)->'Report': # or None when no update was made
     "Count a training step; update the structures if it is time. Call it after the optimizer's step"
-    report = None
+    if self.retired: raise ValueError('another Updater has taken over this model: use that one, or make a new one')
+    report,stepped = None,self._has_stepped()
+    if stepped: self._commit()
     if self._due():
-        ready = self.stepped and (self.grow=='random' or self._scored())
-        if ready: report = self._update()
-        self.pending = not ready
-        for m in self.layers.values(): m.collect = None
+        self.pending = not self._ready()
+        if not self.pending: report = self._update()
+        if stepped:
+            for m in self.layers.values(): m.collect = None
     self.t += 1
     self.pending &= self.t<self.T_end
-    self.stepped = False
+    if stepped: self.stepped = set()
     self._arm()
     return report
 
-# %% ../nbs/13_topology.ipynb #274a26e2
-def _check_state(opt, layers):
-    "Raise for optimizer state that cannot be re-laid"
-    for n,m in layers.items():
-        for k,v in opt.state.get(m.values, {}).items():
-            if isinstance(v, Tensor) and v.numel()>1 and v.shape!=m.values.shape:
-                raise ValueError(f'optimizer {type(opt).__name__}: state {k!r} of {n!r} has shape {tuple(v.shape)}, expected {tuple(m.values.shape)} or a scalar')
+# %% ../nbs/13_topology.ipynb #df6fc79e
+_Parallel = torch.nn.parallel.DistributedDataParallel
 
+def _together()->bool: return dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
+
+def _group_of(model):
+    "The process group of a `DistributedDataParallel` in `model`; None without one, or with one process"
+    found = next((m for m in model.modules() if isinstance(m, _Parallel)), None)
+    return found.process_group if found is not None and dist.get_world_size(found.process_group)>1 else None
+
+def _group_around(layers):
+    "The same for one that holds these layers, wherever it is"
+    if not _together(): return None
+    mine = {id(m.values) for m in layers.values()}
+    for o in gc.get_objects():
+        if issubclass(type(o), _Parallel) and any(id(p) in mine for p in o.parameters()): return _group_of(o)
+
+# %% ../nbs/13_topology.ipynb #8acf2681
+@patch
+def _reduced(self:Updater, t, op='SUM'):
+    dist.all_reduce(t, getattr(dist.ReduceOp, op), group=self.group)
+    return t
+
+@patch
+def _ready_together(self:Updater)->bool:
+    "`_ready`, asked and answered by all processes; their gradients are averaged on the way"
+    ms,device = list(self.layers.values()),next(iter(self.layers.values())).values.device
+    shown = [bool(m.collect and m.collect.total is not None) for m in ms]
+    apart = [bool(m.collect and m.collect.total_compact is not None) for m in ms]
+    facts = torch.tensor([self.t, -self.t, not self._has_stepped(), *shown, *apart], dtype=torch.long, device=device)
+    last,first,waits,*seen = self._reduced(facts, 'MAX').tolist()
+    if last!=-first: raise RuntimeError(f'the processes are at different steps, {-first} and {last}: call upd.step() equally often in all of them')
+    if waits: return False
+    if self.grow=='random': return True
+    for m,some,compact in zip(ms, seen, seen[len(ms):]):
+        if some: self._average(m, compact)
+    return self._scored()
+
+@patch
+def _average(self:Updater, m, compact):
+    "Average over the processes what the collector of a layer has"
+    if m.collect is None: m.collect = self._collector(None, m, self.t)
+    c,kind = m.collect,torch.promote_types(m.values.dtype, torch.float)
+    total = torch.zeros(m.shape, dtype=kind, device=m.values.device) if c.total is None else c.total.to(kind).contiguous()
+    if compact: own = m.structure.gather(total) if c.total_compact is None else c.total_compact.to(kind).contiguous()
+    n = dist.get_world_size(self.group)
+    c.total = self._reduced(total)/n
+    c.total_compact = self._reduced(own)/n if compact else None
+
+# %% ../nbs/13_topology.ipynb #717497b9
+@patch
+def _agree(self:Updater):
+    "Raise unless the structures are the same in all processes"
+    bits = torch.stack([m.checksum for m in self.layers.values()]).int()
+    some = self._reduced(torch.stack([bits, 1-bits]), 'MAX')
+    differ = (some.sum(0)>1).any(1).tolist()
+    if any(differ):
+        name = list(self.layers)[differ.index(True)]
+        raise RuntimeError(f'after the update at step {self.t} the processes have other structures in {name!r}: start them from the same weights, with the same settings and the same generator')
+
+# %% ../nbs/13_topology.ipynb #274a26e2
 @torch.no_grad()
-def _relay(layer, new, move, opt=None):
+def _relay(layer, new, move, levels=()):
     "Give `layer` its new structure, carrying over values, gradient and optimizer state"
     p = layer.values
-    for v in (opt.state.get(p, {}).values() if opt else ()):
+    for _,_,v in _state(levels, p).values():
         if isinstance(v, Tensor) and v.shape==p.shape: v.copy_(move(v))
     if p.grad is not None: p.grad.copy_(move(p.grad))
     layer.set_structure(new, move(p))
@@ -269,12 +429,13 @@ def _repr_markdown_(self:Report):
 
 # %% ../nbs/13_topology.ipynb #43c6c139
 @patch
-def _update_layer(self:Updater, name, m, f):
+def _update_layer(self:Updater, name, m, f, trained):
     "Drop and grow in one layer; its line of the report"
     s,v,seen = m.structure,m.values.detach(),m.collect
     line = LayerReport(name, s.shape[0]*s.shape[1], s.nnz)
-    if self.grow=='random' or seen.active is not None:               # None: the layer took no part in this step
-        c = self.rule(s, v, f, seen, self.generator, getattr(m,'groups',1), math.prod(getattr(m,'kernel_size',())))
+    part = self.grow=='random' or seen is not None and seen.active is not None   # did the layer take part in this step?
+    if part and m.values.requires_grad and id(m.values) in trained:
+        c = self.rule(s, v, f, seen, self.generator, m.groups, math.prod(getattr(m,'kernel_size',())))
         line.planned,line.confirmed,line.grown = c.planned,int(c.drop.sum()),len(c.grown)
         if line.confirmed: self._apply(name, m, c, line)
     line.ever = _count(self.ever[name])
@@ -286,40 +447,67 @@ def _apply(self:Updater, name, m, c, line):
     move,mask = Move(m.structure, c.structure, c.drop),c.structure.mask()
     line.survived,line.changed = int(mask.view(-1)[c.grown].sum()),move.added
     self.ever[name] |= pack_mask(mask)
-    for o in self.followers: _relay(o[name], c.structure, move)
-    _relay(m, c.structure, move, self.opt)
+    followers = [o[name] for o in self.followers]
+    for o in followers: _relay(o, c.structure, move)
+    _relay(m, c.structure, move, self.levels)
+    m.leave_behind(followers)
 
 @patch
 @torch.no_grad()
 def _update(self:Updater):
     "Update every layer"
-    _check_state(self.opt, self.layers)
-    f = drop_fraction(self.t, self.T_end, self.alpha, self.schedule)
+    _check_state(self.levels, self.layers)
+    f,trained = drop_fraction(self.t, self.T_end, self.alpha, self.schedule),_held(self.stepping)
     self.updates += 1
-    return Report(self.t, f, [self._update_layer(n, m, f) for n,m in self.layers.items()])
+    report = Report(self.t, f, [self._update_layer(n, m, f, trained) for n,m in self.layers.items()])
+    if self.group is not None: self._agree()
+    return report
 
 # %% ../nbs/13_topology.ipynb #06cf43bf
+_settings = 'method','T','T_end','alpha','schedule','grow','accumulate','part','regroup'
+
 @patch
 def state_dict(self:Updater)->dict:
     "Everything a resumed run needs beside model and optimizer: plain numbers and tensors"
-    sums = {n:[m.collect.total,m.collect.compact] for n,m in self.layers.items() if m.collect and m.collect.total is not None}
-    return dict(method=self.method, t=self.t, pending=self.pending, updates=self.updates, ever=dict(self.ever), sums=sums, generator=self.generator.get_state())
+    sums = {n:[m.collect.total,m.collect.total_compact] for n,m in self.layers.items() if m.collect and m.collect.total is not None}
+    settings = {k:getattr(self,k) for k in _settings} | dict(rule=self.rule.__name__)
+    return dict(settings=settings, t=self.t, pending=self.pending, updates=self.updates, uses=dict(self.uses), ever=dict(self.ever), sums=sums, generator=self.generator.get_state())
 
 @patch
 def load_state_dict(self:Updater,
     sd:dict, # from `state_dict`
 ):
-    "Continue where the saved updater stood; load the model first"
-    if sd['method']!=self.method or list(sd['ever'])!=list(self.ever):
-        raise ValueError(f"updater state of method {sd['method']!r} for {len(sd['ever'])} layers: expected {self.method!r} for {len(self.ever)} layers of the same names")
-    self.t,self.pending,self.updates = sd['t'],sd['pending'],sd['updates']
+    "Continue where the saved updater stood; load the model first. ValueError, and nothing changed, unless it had the same settings and layers"
+    self._check_saved(sd)
+    self.t,self.pending,self.updates,self.uses = sd['t'],sd['pending'],sd['updates'],dict(sd['uses'])
     self.ever = {n:b.to(self.ever[n].device).clone() for n,b in sd['ever'].items()}
     self.generator.set_state(sd['generator'].cpu())
     for m in self.layers.values(): m.collect = None
     self._arm()
     for n,(total,compact) in sd['sums'].items():
         m = self.layers[n]
-        m.collect.total,m.collect.compact = (None if o is None else o.to(m.values.device).clone() for o in (total,compact))
+        m.collect.total,m.collect.total_compact = (None if o is None else o.to(m.values.device).clone() for o in (total,compact))
+
+# %% ../nbs/13_topology.ipynb #4e983aab
+@patch
+def _check_saved(self:Updater, sd):
+    "Raise unless the state fits"
+    def need(ok, what):
+        if not ok: raise ValueError(f'the saved state is not one of this updater: {what}')
+    lacks = [k for k in self.state_dict() if k not in sd] if isinstance(sd, dict) else ['everything']
+    need(not lacks, f'it lacks {", ".join(lacks)}')
+    for k,v in self.state_dict()['settings'].items():
+        got = sd['settings'].get(k)
+        need(got==v, f'it had {k}={got!r}, this one has {v!r}; make the Updater with the settings of the saved run')
+    need(list(sd['ever'])==list(self.ever), f'it had {len(sd["ever"])} layers, this one has {len(self.ever)}, or they have other names')
+    for n,b in self.ever.items(): need(isinstance(sd['ever'][n], Tensor) and sd['ever'][n].shape==b.shape and sd['ever'][n].dtype==b.dtype, f'another size of layer {n!r}')
+    sizes = {n:(m.shape,tuple(m.values.shape)) for n,m in self.layers.items()}
+    for n,parts in sd['sums'].items():
+        need(n in sizes and len(parts)==2 and all(o is None or tuple(o.shape)==z for o,z in zip(parts, sizes[n])), f'sums of another size for layer {n!r}')
+    whole = all(isinstance(sd[k], int) and sd[k]>=0 for k in ('t','updates'))
+    need(whole and isinstance(sd['uses'], dict) and sd['uses'].keys()<=sizes.keys(), 'its counts are no counts')
+    try: torch.Generator().set_state(sd['generator'].cpu())
+    except (RuntimeError, TypeError, AttributeError) as e: need(False, f'no state of a generator ({e})')
 
 # %% ../nbs/13_topology.ipynb #2b058bd2
 @patch

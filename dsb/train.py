@@ -403,12 +403,12 @@ def _build(self:Trainer):
     self.model = build_model(c, self.shape).to(self.device, memory_format=self.format)
     if self.device.type == 'cpu': fuse(self.model)
     self.opt = torch.optim.SGD(self.model.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-    g = torch.Generator().manual_seed(c.seed)
-    self.upd = None if c.method in DENSE else Updater(
-        self.model, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
-        accumulate=c.accumulate, part=c.part, regroup=c.regroup, generator=g)
     self.net = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(
         self.model, device_ids=[self.device.index] if self.device.type == 'cuda' else None, broadcast_buffers=False)
+    g = torch.Generator().manual_seed(c.seed)
+    self.upd = None if c.method in DENSE else Updater(
+        self.net, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
+        accumulate=c.accumulate, part=c.part, regroup=c.regroup, generator=g)
 
 # %% ../nbs/21_train.ipynb #02301372
 @patch

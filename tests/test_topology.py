@@ -87,4 +87,4 @@ def test_structures_do_not_pile_up():
         s = layer.structure
         layer.set_structure(s, layer.values.detach()); layer(torch.randn(2,32))
     gc.collect()
-    assert len([o for o in _seen.keys() if o is layer.cols])==1
+    assert len([o for o in _seen.values() if o.ref() is layer.cols])==1

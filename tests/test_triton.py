@@ -107,10 +107,10 @@ def test_operators_compile_and_autocast():
             y.float().sum().backward()
         assert m[0].values.grad.dtype==torch.float32
         l,s = m[2],m[2].structure
-        args = torch.randn(2,16,6,6, device=DEVICE, requires_grad=True),l.values,None,s.rows,s.group_ptr,s.cols,8,24,*map(list, l.args[:4]),1,0
+        args = torch.randn(2,16,6,6, device=DEVICE, requires_grad=True),l.values,None,s.rows,s.group_ptr,s.cols,l.checksum,8,*l.shape,*map(list, l.args[:4]),1,0,'triton'
         assert set(torch.library.opcheck(torch.ops.dsb.conv2d.default, args, atol=1e-3, rtol=1e-3).values())=={'SUCCESS'}
         l,s = m[5],m[5].structure
-        args = torch.randn(3,96, device=DEVICE, requires_grad=True),l.values,l.bias,s.rows,s.group_ptr,s.cols,8,16,0
+        args = torch.randn(3,96, device=DEVICE, requires_grad=True),l.values,l.bias,s.rows,s.group_ptr,s.cols,l.checksum,8,*l.shape,0,'triton'
         assert set(torch.library.opcheck(torch.ops.dsb.linear.default, args, atol=1e-3, rtol=1e-3).values())=={'SUCCESS'}
 
 def test_without_triton():

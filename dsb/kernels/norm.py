@@ -10,7 +10,7 @@ import ctypes, functools
 import torch
 from torch import Tensor
 from .build import library
-from .cpu import _cpp_vectors, _cpp_stream
+from .cpu import _cpp_vectors, _cpp_stream, _ptr, _solid
 
 # %% ../../nbs/08_norm.ipynb #b76f79e8
 _cpp_lanes = r'''
@@ -211,17 +211,34 @@ def _library()->tuple: # (library or None, reason why there is none or '')
         lib.dsb_norm_pool.argtypes,lib.dsb_pool_lookup.argtypes,lib.dsb_pool_back.argtypes = [p]*6+[i],[p]*5+[i,p],[p]*6+[f,i,p,p,i]
     return lib,reason
 
-def _ptr(t): return None if t is None else t.data_ptr()
+# %% ../../nbs/08_norm.ipynb #eb5e7768
 def _rows(stats, *which): return [stats.data_ptr()+4*stats.shape[1]*i for i in which]   # pointers to rows of (4, C)
 
 def supports(
     x:Tensor, # an activation
 )->str: # '' or the reason why not
     "Can these kernels normalise it?"
-    if x.device.type!='cpu': return f'the norm kernels take CPU tensors, not {x.device.type}'
+    if not x.is_cpu: return f'the norm kernels take CPU tensors, not {x.device.type}'
     if x.dtype!=torch.float32: return f'the norm kernels compute in float32, not {str(x.dtype)[6:]}'
     if x.dim()!=4 or not x.is_contiguous(memory_format=torch.channels_last): return 'the norm kernels take channels_last images'
+    if not x.numel(): return 'the norm kernels take images with something in them'
     return _library()[1]
+
+# %% ../../nbs/08_norm.ipynb #99d51b34
+def _image(t, like=None):
+    "`t` with its numbers in memory; RuntimeError unless it is an image that fits"
+    if t is None: return None
+    if like is not None and t.shape!=like.shape: raise RuntimeError(f'a tensor of shape {tuple(t.shape)}: expected {tuple(like.shape)}, the shape of x')
+    if like is not None and t.dim()==4: t = t.contiguous(memory_format=torch.channels_last)
+    if reason := supports(t): raise RuntimeError(reason)
+    return _solid(t, torch.channels_last)
+
+def _channels(t, x, rows=()):
+    "`t` (C,), or (rows, C), with its numbers in memory; RuntimeError unless it fits"
+    if t is None: return None
+    if t.shape!=(*rows, x.shape[1]) or t.dtype!=x.dtype or t.device!=x.device:
+        raise RuntimeError(f'a tensor of shape {tuple(t.shape)}, {t.dtype} on {t.device}: expected {(*rows, x.shape[1])}, {x.dtype} on {x.device}')
+    return _solid(t)
 
 # %% ../../nbs/08_norm.ipynb #e9fd9035
 def statistics(
@@ -233,7 +250,8 @@ def statistics(
     eps:float,     # added to the variance
 )->Tensor: # (4, C): mean, variance, scale, shift
     "What the normalisation of each channel is"
-    C,lib = x.shape[1],_library()[0]
+    x,C,lib = _image(x),x.shape[1],_library()[0]
+    weight,bias,mean,var = (_channels(o, x) for o in (weight,bias,mean,var))
     stats = x.new_empty(4,C)
     if mean is not None: stats[0],stats[1] = mean,var
     else: lib.dsb_norm_stats(x.data_ptr(), x.numel()//C, C, stats.data_ptr(), torch.get_num_threads())
@@ -247,7 +265,8 @@ def norm(
     relu:bool,       # end with a ReLU?
 )->Tensor: # like x
     "Batch normalisation, addition and ReLU"
-    y,C = torch.empty_like(x),x.shape[1]
+    x,C = _image(x),x.shape[1]
+    residual,stats,y = _image(residual, x),_channels(stats, x, (4,)),torch.empty_like(x)
     scale,shift = _rows(stats, 2, 3)
     _library()[0].dsb_norm(x.data_ptr(), _ptr(residual), x.numel()//C, C, scale, shift, relu, y.data_ptr(), torch.get_num_threads())
     return y
@@ -261,7 +280,8 @@ def norm_sums(
     relu:bool,    # did it end with a ReLU?
 )->Tensor: # (2, C) sums of δ and of δ(x-mean)
     "The sums that the gradients of `norm` are made of"
-    C = x.shape[1]
+    x,C = _image(x),x.shape[1]
+    dy,y,stats = _image(dy, x),_image(y, x),_channels(stats, x, (4,))
     sums = x.new_empty(2,C)
     _library()[0].dsb_norm_sums(x.data_ptr(), _ptr(y), dy.data_ptr(), x.numel()//C, C, *_rows(stats, 0, 2, 3), relu, sums.data_ptr(), torch.get_num_threads())
     return sums
@@ -280,7 +300,8 @@ def norm_finish(
     dr:Tensor,    # gradient of the residual, to fill; or None
 )->Tensor: # (2, C) gradients of weight and bias
     "Gradients of `norm`, given its sums"
-    C = x.shape[1]
+    x,C = _image(x),x.shape[1]
+    dy,y,stats,sums = _image(dy, x),_image(y, x),_channels(stats, x, (4,)),_channels(sums, x, (2,))
     grads = x.new_empty(2,C)
     _library()[0].dsb_norm_back(x.data_ptr(), _ptr(y), dy.data_ptr(), x.numel()//C, C, stats.data_ptr(), sums.data_ptr(), eps, batch, relu,
                                 _ptr(dx), _ptr(dr), grads.data_ptr(), torch.get_num_threads())
@@ -288,20 +309,24 @@ def norm_finish(
 
 # %% ../../nbs/08_norm.ipynb #f82c741b
 def _pool_of(x, kernel, stride, padding):
-    "The geometry of a pooling"
+    "The geometry of a pooling, and its output's shape"
     (N,C,H,W),(kh,kw),(sh,sw),(ph,pw) = x.shape,kernel,stride,padding
-    return _Pool(N, H, W, C, (H+2*ph-kh)//sh+1, (W+2*pw-kw)//sw+1, kh, kw, sh, sw, ph, pw)
+    Ho,Wo = (H+2*ph-kh)//sh+1,(W+2*pw-kw)//sw+1
+    if min(sh, sw, ph+1, pw+1, kh-2*ph+1, kw-2*pw+1, Ho, Wo)<1 or not 0<kh*kw<255:
+        raise RuntimeError(f'pooling of {H}×{W} by kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}: expected a window that fits, of fewer than 255 places')
+    return _Pool(N, H, W, C, Ho, Wo, kh, kw, sh, sw, ph, pw),(N,C,Ho,Wo)
 
 def norm_pool(
     x:Tensor,      # (N, C, H, W) float32, channels_last
     stats:Tensor,  # (4, C), from `statistics`
-    kernel:tuple,  # (kh, kw), at most 255 places
+    kernel:tuple,  # (kh, kw), fewer than 255 places
     stride:tuple,  # (vertical, horizontal)
     padding:tuple, # the same, at most half of the kernel
 )->tuple: # (y (N, C, Ho, Wo), the place of each in its window, uint8)
     "Batch normalisation, ReLU and max pooling"
-    g = _pool_of(x, kernel, stride, padding)
-    y,place = (torch.empty((g.N,g.C,g.Ho,g.Wo), dtype=o, memory_format=torch.channels_last) for o in (torch.float32,torch.uint8))
+    x = _image(x)
+    stats,(g,shape) = _channels(stats, x, (4,)),_pool_of(x, kernel, stride, padding)
+    y,place = (torch.empty(shape, dtype=o, device=x.device, memory_format=torch.channels_last) for o in (torch.float32,torch.uint8))
     _library()[0].dsb_norm_pool(ctypes.byref(g), x.data_ptr(), *_rows(stats, 2, 3), y.data_ptr(), place.data_ptr(), torch.get_num_threads())
     return y,place
 
@@ -318,7 +343,10 @@ def norm_pool_backward(
     need_x:bool,   # want the input gradient?
 )->tuple: # (dx like x or None, (2, C) gradients of weight and bias)
     "Gradients of `norm_pool`"
-    g,lib,T,C = ctypes.byref(_pool_of(x, kernel, stride, padding)),_library()[0],torch.get_num_threads(),x.shape[1]
+    x,(g,shape) = _image(x),_pool_of(x, kernel, stride, padding)
+    if y.shape!=shape or place.shape!=shape: raise RuntimeError(f'y and place of shapes {tuple(y.shape)} and {tuple(place.shape)}: expected {shape}')
+    dy,y,stats,place = _image(dy, y),_image(y),_channels(stats, x, (4,)),place.contiguous(memory_format=torch.channels_last)
+    g,lib,T,C = ctypes.byref(g),_library()[0],torch.get_num_threads(),x.shape[1]
     mean,var,scale,shift = stats
     beta = shift+mean*scale
     sums = norm_sums(dy, y, y, torch.stack([beta, var, scale, shift]), True)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from ..structure import ShuffledBlocks
 from .build import _cache_dir
-from .reference import ConvArgs, dense_wgrad, is_channels_last
+from .reference import ConvArgs, dense_wgrad, fits, is_channels_last, solid
 
 # %% ../../nbs/09_triton.ipynb #6a52b584
 try: import triton, triton.language as tl
@@ -465,7 +465,8 @@ def _like(t, x): return batch_first(t if x.dim()==4 else t.flatten(1), x)
 
 def _product(x, values, bias, s, a, relu):
     "Forward product by the fastest way"
-    f,values = _shape(x, s, a),values.contiguous()
+    fits(x, values, bias, s, a)
+    f,x,values,bias = _shape(x, s, a),solid(x),solid(values).contiguous(),bias if bias is None else solid(bias).contiguous()
     if not f.Q*f.C: return x.new_zeros(f.N, f.O, *(f.Ho,f.Wo)[:x.dim()-2])
     def run(way):
         if way!=DENSE: return _like(forward(batch_last(x), values, bias, s, f, relu=relu, **way), x)
@@ -481,7 +482,8 @@ def _dense_dx(dy, x, w, a):
 
 def _gradients(dy, x, values, s, a, need_x, need_values):
     "Each gradient by its fastest way"
-    f,values = _shape(x, s, a),values.contiguous()
+    fits(x, values, None, s, a, dy)
+    f,dy,x,values = _shape(x, s, a),solid(dy),solid(x),solid(values).contiguous()
     if not f.Q*f.C: return torch.zeros_like(x) if need_x else None,torch.zeros_like(values) if need_values else None
     def dx(way, turn):
         if way==DENSE: return _dense_dx(dy, x, _weight(values, s, a), a)
