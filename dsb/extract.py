@@ -30,7 +30,7 @@ def _clusters(
     from scipy.cluster.hierarchy import linkage, fcluster
     from scipy.spatial.distance import squareform
     n = len(dist)
-    if n==1: return torch.zeros(1, dtype=torch.long)
+    if n==1: return torch.zeros(1, dtype=torch.long, device='cpu')
     z = linkage(squareform(dist.cpu().double().numpy(), checks=False), 'complete')
     z[:,2] = range(1, n)   # cut after a number of merges, not at a height: ties cannot blur the count
     return torch.from_numpy(fcluster(z, n-k+.5, 'distance')).long()-1
@@ -42,7 +42,7 @@ def _concatenate(
     "Rows ordered by cluster: large ones first, then by their smallest row"
     n = len(label)
     size = label.bincount()
-    first = torch.full_like(size, n).scatter_reduce_(0, label, torch.arange(n), 'amin')
+    first = torch.full_like(size, n).scatter_reduce_(0, label, torch.arange(n, device=label.device), 'amin')
     return torch.argsort((n-size[label])*n + first[label], stable=True)
 
 # %% ../nbs/02_extract.ipynb #cd8e5f96
@@ -88,7 +88,7 @@ def falling(
     if t.dtype!=torch.float32 or t.device.type!='cpu': return t.sort(dim=-1, descending=True, stable=True).indices
     i = (t.detach().contiguous()+0.).view(torch.int32)          # -0 becomes 0
     i ^= (i>>31) & 0x7fffffff
-    key = i.long().bitwise_not_().bitwise_left_shift_(32).add_(torch.arange(t.shape[-1]))
+    key = i.long().bitwise_not_().bitwise_left_shift_(32).add_(torch.arange(t.shape[-1], device='cpu'))
     key.numpy().sort(axis=-1)
     return key.bitwise_and_(0xffffffff)
 

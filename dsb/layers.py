@@ -111,7 +111,8 @@ class DerivedWeight(Tensor):
 @patch
 def _dense(self:SparseLayer)->Tensor:
     "The dense weight, its gradient shown to a listener"
-    w = self.dense_weight()
+    w,b = self.dense_weight(),self.bias
+    if b is not None and b.device!=w.device: raise RuntimeError(f'bias on {b.device}, values on {w.device}: expected one device')
     return exposed(w, self._key) if self._key else w
 
 @patch(as_prop=True)
@@ -237,7 +238,7 @@ def set_structure(self:SparseLayer,
     "Replace structure and values in place"
     kind = ShuffledBlocks if self.block_size else Unstructured
     if type(structure) is not kind or (structure.shape,structure.block_size)!=(self.shape,self.block_size):
-        raise ValueError(f'{structure}: expected {kind.__name__} for {self.shape} with block size {self.block_size}')
+        raise ValueError(f'{type(structure).__name__} for {structure.shape} with block size {structure.block_size}: expected {kind.__name__} for {self.shape} with block size {self.block_size}')
     self._same_size(structure.state())
     structure.validate(self.groups)
     if values.shape!=self.values.shape: raise ValueError(f'values of shape {tuple(values.shape)}: expected {tuple(self.values.shape)}')
@@ -269,7 +270,7 @@ def _incoming(self:SparseLayer, sd:dict)->dict: # the structure's tensors in the
         raise ValueError('holds a dense weight: load it into the dense model and sparsify that (dsb.sparsify(model, start="magnitude")), or gather it: layer.values.copy_(layer.structure.gather(weight))')
     if not given and 'values' not in sd: return {}
     if 'values' in sd and not given: sd = given = {**sd, **_places_of(sd['values'])}
-    _same_density(self, sd)
+    _same_density(self, dict(sorted(sd.items(), key=lambda o: o[0]!='values')))
     missing = [k for k in places if k not in given]
     if 'values' in sd and missing:
         raise ValueError(f'values without {", ".join(missing)}: expected values and places of one model; a moving average is kept in step by follow=[model] of dsb.Updater')
@@ -288,10 +289,12 @@ def _places_of(values)->dict: # name -> tensor
 
 def _same_density(layer, sd):
     "Raise unless a file's tensors have this layer's sizes"
-    if all(v.shape==getattr(layer,k).shape for k,v in sd.items() if k not in ('weight','checksum')): return
-    there = f'{sd["values"].numel()/math.prod(layer.shape):.4g}' if 'values' in sd else 'another one'
-    raise ValueError(f'saved with density {there}, but this layer has {layer.values.numel()/math.prod(layer.shape):.4g} ({layer.values.numel():,} weights'
-                     f'{f" in blocks of {layer.block_size}" if layer.block_size else ""}): sparsify the model with the settings it was saved with')
+    for k,v in sd.items():
+        if k in ('weight','checksum') or v.shape==getattr(layer,k).shape: continue
+        if k=='values':
+            raise ValueError(f'saved with density {v.numel()/math.prod(layer.shape):.4g}, but this layer has {layer.values.numel()/math.prod(layer.shape):.4g} ({layer.values.numel():,} weights'
+                             f'{f" in blocks of {layer.block_size}" if layer.block_size else ""}): sparsify the model with the settings it was saved with')
+        raise ValueError(f'{k} of shape {tuple(v.shape)}: expected {tuple(getattr(layer,k).shape)}; sparsify the model with the settings it was saved with')
 
 def _restored(tensors, layer)->Structure:
     "The checked structure of a file"

@@ -155,10 +155,19 @@ def _unwatched(x, y)->bool:
     return not (torch.compiler.is_compiling() or torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack()
                 or torch._C._get_tracing_state())
 
+def _bare(t):
+    "A tensor without the wrapping of a transform that is over"
+    return torch._C._functorch.unwrap_if_dead(t) if isinstance(t, Tensor) else t
+
+def _function(name, **parts): return type(name, (torch.autograd.Function,), {k:staticmethod(v) for k,v in parts.items()})
+
+def _no_derivative(ctx, *grads): raise RuntimeError('a sparse layer has first derivatives only: expected no derivative of a gradient')
+
 class _Operator:
     "A function, its registered operator, and the same as a `torch.autograd.Function`: for functorch, and in short"
     def __init__(self, name, f):
-        self.f,self.op,self.function,self.short = f,torch.library.custom_op(name, f, mutates_args=()),None,None
+        self.f,self.op,self.short = f,torch.library.custom_op(name, f, mutates_args=()),None
+        self.function = _function(f.__name__, forward=f, setup_context=lambda ctx,inputs,output: None, backward=_no_derivative)
         self.register_fake = self.op.register_fake
     def register_autograd(self, backward, *, setup_context):
         self.op.register_autograd(backward, setup_context=setup_context)
@@ -166,15 +175,14 @@ class _Operator:
             output = self.f(*args)
             setup_context(ctx, args, output)
             return output
-        def function(**parts): return type(self.f.__name__, (torch.autograd.Function,), {k:staticmethod(v) for k,v in parts.items()})
-        backward = once_differentiable(backward)
-        self.function = function(forward=self.f, setup_context=setup_context, backward=backward)
-        self.short = function(forward=forward, backward=backward)
+        once = once_differentiable(backward)
+        self.function = _function(self.f.__name__, forward=self.f, setup_context=setup_context, backward=backward)
+        self.short = _function(self.f.__name__, forward=forward, backward=once)
     def __call__(self, *args):
         if not _unwatched(*args[:2]): return self.op(*args)
-        if not torch._C._are_functorch_transforms_active(): return self.short.apply(*args) if self.short else self.f(*args)
-        if self.function: return self.function.apply(*args)
-        return (self.op if torch._C._functorch.is_functorch_wrapped_tensor(args[0]) else self.f)(*args)
+        if torch._C._are_functorch_transforms_active(): return self.function.apply(*args)
+        if self.short: return self.short.apply(*args)
+        return self.f(*map(_bare, args))
 
 def operator(
     name:str, # 'namespace::name'

@@ -79,7 +79,7 @@ class Collector:
     ):
         self.s,self.k,self.columns,self.whole,self.norms,self.part,self.counting = s,k,columns,whole,norms,part,counting
         self.values = None if values is None else weakref.ref(values)
-        self.total = self.total_compact = None
+        self.total,self.total_compact,self.closed = None,None,False
         self._forget()
 
     def _forget(self):
@@ -90,6 +90,7 @@ class Collector:
         dW:Tensor,           # (O, K); None: just one more use
         compact:Tensor=None, # gradient of `values`; None: that in `dW`
     ):
+        if self.closed: return               # after the step: of another loss, whose gradient nobody uses here
         if self._anew(): self._forget()
         self.uses,self.task = self.uses+1,torch._C._current_graph_task_id()
         if self.counting: return
@@ -112,6 +113,7 @@ def commit(self:Collector)->int: # how often the layer was used in it
     "The optimizer has stepped: what came belongs to that step, what comes to the next one"
     self.total,self.total_compact = (a if b is None else b if a is None else a.add_(b) for a,b in ((self.total,self.dense),(self.total_compact,self.compact)))
     self.dense = self.compact = None
+    self.closed = self.uses>0 and not self.whole
     uses,self.uses,self.task = self.uses,0,-1
     return uses
 
@@ -166,9 +168,9 @@ def grow_at_random(
     else:
         places = taken.new_empty(0, dtype=torch.long)
         while len(places)<k:                                        # far more places than are wanted: try some, keep the free ones
-            tried = torch.randint(n, (draws*n//free,), generator=generator).to(taken.device)
+            tried = torch.randint(n, (draws*n//free,), generator=generator, device='cpu').to(taken.device)
             places = torch.cat([places, tried[~taken[tried]]]).unique()
-    return places[torch.randperm(len(places), generator=generator)[:k].to(places.device)]
+    return places[torch.randperm(len(places), generator=generator, device='cpu')[:k].to(places.device)]
 
 # %% ../nbs/13_rules.ipynb #488d3765
 class Change(NamedTuple):
@@ -279,7 +281,7 @@ def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where no
 # %% ../nbs/13_rules.ipynb #0199d4b1
 def _candidates(s, seen, generator):
     if seen: return seen.norm.float()
-    return torch.rand(s.n_groups, s.shape[1], generator=generator).to(s.cols.device)
+    return torch.rand(s.n_groups, s.shape[1], generator=generator, dtype=torch.float32, device='cpu').to(s.cols.device)
 
 def _per_row(t, s): # (n_blocks·B,), from one number for each column to its mean over the rows that are there
     return t/_present(s)[s.col_group]

@@ -99,8 +99,8 @@ def _pick_structure(
     taps:int=1,      # positions of the kernel
 )->Structure:
     "Structure of a layer before training"
-    score = w.abs() if start!='random' else torch.rand(w.shape, generator=generator, device=generator.device if generator else 'cpu').to(w.device)
-    score = score.float()
+    chance = dict(generator=generator, dtype=torch.float32, device=generator.device if generator else 'cpu')   # whatever torch's defaults are
+    score = w.abs().float() if start!='random' else torch.rand(w.shape, **chance).to(w.device)
     top = score.reshape(-1).topk(b.active).indices
     if not block_size: return Unstructured(top.sort().values, w.shape, check=False)
     mask = torch.zeros(w.numel(), dtype=torch.bool, device=w.device).index_fill_(0, top, True).view(w.shape)

@@ -92,6 +92,12 @@ def _int32(
 
 def _described(t): return f'shape {tuple(t.shape)} of {str(t.dtype)[6:]}' if isinstance(t, Tensor) else type(t).__name__
 
+# %% ../nbs/01_structure.ipynb #6747875a
+def _two(shape)->tuple:
+    "(O, K) as whole numbers"
+    if len(shape)!=2: raise ValueError(f'shape={tuple(shape)}: expected (O, K), rows and columns of the weight matrix')
+    return tuple(map(int, shape))
+
 # %% ../nbs/01_structure.ipynb #3cc4fea5
 class ShuffledBlocks(Structure):
     "Row groups of `block_size` rows and the columns each of them uses"
@@ -105,7 +111,7 @@ class ShuffledBlocks(Structure):
         check:bool=True,  # validate the tensors?
     ):
         self.rows,self.group_ptr,self.cols = _int32('rows', rows),_int32('group_ptr', group_ptr),_int32('cols', cols)
-        self.block_size,self.shape,self.cache = int(block_size),tuple(map(int, shape)),{}
+        self.block_size,self.shape,self.cache = int(block_size),_two(shape),{}
         self.padded,self.values_shape = len(self.rows)!=self.shape[0],(len(self.cols),self.block_size)
         if check: self.validate()
 
@@ -277,7 +283,7 @@ class Unstructured(Structure):
         shape:tuple,     # (O, K) of the weight matrix
         check:bool=True, # validate the tensor?
     ):
-        self.flat,self.shape,self.cache = _int32('flat', flat),tuple(map(int, shape)),{}
+        self.flat,self.shape,self.cache = _int32('flat', flat),_two(shape),{}
         self.values_shape = (len(self.flat),1)
         if check: self.validate()
 

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_RULE', 'Move', 'check_update', 'Updater', 'pack_mask', 'unpack_mask', 'LayerReport', 'Report']
 
 # %% ../nbs/13_topology.ipynb #72e304c2
-import gc, math, weakref
+import gc, math, warnings, weakref
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -172,7 +172,7 @@ class Updater:
         self.opt,self.method,self.T,self.T_end,self.alpha,self.schedule = opt,method,int(T),T_end,alpha,schedule
         self.accumulate,self.part,self.regroup,self.group = int(accumulate),part,regroup,group or _group_of(model)
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.t,self.pending,self.updates,self.uses,self.retired = 0,False,0,{},False
+        self.t,self.pending,self.updates,self.uses,self.idle,self.retired = 0,False,0,{},0,False
         self.ever = {n:pack_mask(m.structure.mask()) for n,m in self.layers.items()}
         self._take_over()
         self._watch_steps()
@@ -248,6 +248,7 @@ def _watch_steps(self:Updater):
 @patch
 def _note_step(self:Updater, opt):
     self.stepped.add(id(opt))
+    if self._has_stepped(): self._commit()
     if not self.seen_state: _check_state(self.levels, self.layers)
     self.seen_state = True
 
@@ -275,6 +276,8 @@ def _arm(self:Updater):
     ahead = next((i for i in range(max(1, self.accumulate)) if self._due(i)), None)
     count = ahead is None and not self.accumulate and self.group is None and self._due(1)
     if ahead is None and not count: return
+    if self.group is None and self._join(): count = False
+    if ahead is None and not count: return
     for n,m in self.layers.items():
         if not m.values.requires_grad or m.collect and (count or not m.collect.counting): continue
         m.collect = Collector(m.structure, values=m.values, counting=True) if count else self._collector(n, m, self.t+ahead)
@@ -282,18 +285,14 @@ def _arm(self:Updater):
 # %% ../nbs/13_topology.ipynb #59f26b5f
 @patch
 def _commit(self:Updater):
-    "The optimizer has stepped: note what belongs to this step"
+    "The optimizer has stepped: what came so far belongs to this step"
     for n,m in self.layers.items():
-        c = m.collect
-        if c is None: continue
-        uses = c.commit()
-        if uses or c.counting: self.uses[n] = uses
-        if c.counting: m.collect = None
+        if m.collect is not None: self.uses[n] = m.collect.commit()
 
 @patch
 def _ready(self:Updater)->bool:
     "Are there gradients to grow by, all of them complete and finite, on every process?"
-    if self.group is None: self.group = _group_around(self.layers)
+    if self.group is None and self._join(): return False      # the collectors did not know of the others: next time
     if self.group is not None: return self._ready_together()
     return self._has_stepped() and (self.grow=='random' or self._scored())
 
@@ -307,18 +306,31 @@ def _scored(self:Updater)->bool:
 def step(self:Updater)->'Report': # or None when no update was made
     "Count a training step; update the structures if it is time. Call it after the optimizer's step"
     if self.retired: raise ValueError('another Updater has taken over this model: use that one, or make a new one')
-    report,stepped = None,self._has_stepped()
-    if stepped: self._commit()
-    if self._due():
+    report,stepped,due = None,self._has_stepped(),self._due()
+    if due:
         self.pending = not self._ready()
         if not self.pending: report = self._update()
-        if stepped:
-            for m in self.layers.values(): m.collect = None
+    if stepped: self._disarm(due)
+    self._note_idle(stepped)
     self.t += 1
     self.pending &= self.t<self.T_end
     if stepped: self.stepped = set()
     self._arm()
     return report
+
+# %% ../nbs/13_topology.ipynb #c55a1604
+@patch
+def _note_idle(self:Updater, stepped):
+    "Say it once when the optimizer seems not to be the one that is used"
+    self.idle = 0 if stepped else self.idle+1
+    if self.idle==200: warnings.warn(f'dsb: the optimizer {type(self.stepping[0]).__name__} has made no step in {self.idle} calls of upd.step(), so no weights move: pass the one that is used to dsb.Updater')
+
+# %% ../nbs/13_topology.ipynb #2ff767e6
+@patch
+def _disarm(self:Updater, update):
+    "Take away the collectors that have done their work: all of them after an update, else those that only counted"
+    for m in self.layers.values():
+        if m.collect is not None and (update or m.collect.counting): m.collect = None
 
 # %% ../nbs/13_topology.ipynb #df6fc79e
 _Parallel = torch.nn.parallel.DistributedDataParallel
@@ -330,12 +342,14 @@ def _group_of(model):
     found = next((m for m in model.modules() if isinstance(m, _Parallel)), None)
     return found.process_group if found is not None and dist.get_world_size(found.process_group)>1 else None
 
-def _group_around(layers):
-    "The same for one that holds these layers, wherever it is"
-    if not _together(): return None
-    mine = {id(m.values) for m in layers.values()}
-    for o in gc.get_objects():
-        if issubclass(type(o), _Parallel) and any(id(p) in mine for p in o.parameters()): return _group_of(o)
+@patch
+def _join(self:Updater)->bool:
+    "Look for a `DistributedDataParallel` around these layers, wherever it is; was one found?"
+    if not _together(): return False
+    mine = {id(m.values) for m in self.layers.values()}
+    around = next((o for o in gc.get_objects() if issubclass(type(o), _Parallel) and any(id(p) in mine for p in o.parameters())), None)
+    self.group = around and _group_of(around)
+    return self.group is not None
 
 # %% ../nbs/13_topology.ipynb #8acf2681
 @patch

@@ -55,7 +55,7 @@ def one_update(layer, shape, seed, rule, grow, kw):
 
 @CASES
 @given(layers(), rules, numbers)
-def test_an_update_keeps_the_rules(case, how, kw):
+def test_every_rule_and_way_keeps_the_rules(case, how, kw):
     layer,shape,seed = case
     old,before,report,new,after = one_update(layer, shape, seed, *how, kw)
     new.validate()                                                   # a union of blocks under one permutation of the rows

@@ -110,8 +110,8 @@ def linear(
     xw,vw,bw = _wide(x, values, bias)
     y = xw.new_zeros(s.shape[0], len(x))
     for p in _panels(s): _put(y, p, vw[p.at].T @ xw[:,p.cols].T)
-    y = y.T.contiguous() if bw is None else y.T+bw
-    return y.to(x.dtype)
+    y = y.T if bw is None else y.T+bw
+    return y.to(x.dtype).contiguous()
 
 # %% ../../nbs/05_reference.ipynb #d56ec4c2
 def linear_backward(

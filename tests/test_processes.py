@@ -1,0 +1,121 @@
+"Several processes on one machine: what they have seen of a gradient is brought together after the step, and nobody waits for somebody who does not come"
+import os, socket
+import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as Parallel
+import dsb
+from dsb.topology import Updater
+
+class Net(nn.Module):
+    "Layers that a step can leave out"
+    def __init__(self):
+        super().__init__()
+        self.first,self.left,self.right,self.last = (nn.Linear(32,32) for _ in range(4))
+    def forward(self, x, ways='lr'):
+        x = self.first(x).tanh()
+        return self.last(x + sum({'l':self.left, 'r':self.right}[o](x).tanh() for o in ways))
+
+def model(seed=0, B=8):
+    torch.manual_seed(seed)
+    return dsb.sparsify(Net(), .7, B)
+
+def train(m, net, rank, steps=6, ways=lambda i: 'lr', T=2, upd=None, **kw):
+    "(masks, values) after some steps with images of one's own"
+    opt = torch.optim.SGD(m.parameters(), .1, momentum=.9)
+    upd = Updater(upd or net, opt, T=T, T_end=1000, alpha=.5, **({'rule':'columns'} if m.first.block_size and 'method' not in kw else {}), **kw)
+    g,n = torch.Generator().manual_seed(rank),0
+    for i in range(steps):
+        net(torch.randn(16,32,generator=g), ways(i)).square().mean().backward()
+        opt.step(); opt.zero_grad()
+        n += upd.step() is not None
+    return n,[o.checksum.tolist() for o in dsb.sparse_layers(m).values()],[round(p.double().abs().sum().item(), 6) for p in m.parameters()]
+
+def plain(rank): m = model(); return train(m, Parallel(m), rank)
+def other_weights(rank): m = model(seed=rank); return train(m, Parallel(m), rank)          # those of the first process count, structures included
+def norms(rank): m = model(); return train(m, Parallel(m), rank, grow='norm')
+def part(rank): m = model(); return train(m, Parallel(m), rank, part=.5, accumulate=2)
+def chance(rank): m = model(); return train(m, Parallel(m), rank, grow='random')
+def single(rank): m = model(B=0); return train(m, Parallel(m), rank, method='rigl')
+def left_out(rank): m = model(); return train(m, Parallel(m, find_unused_parameters=True), rank, ways=lambda i: 'l' if rank and i%2 else 'lr')
+def apart(rank): m = model(); return train(m, Parallel(m, find_unused_parameters=True), rank, ways=lambda i: 'lr'[rank%2])
+def bare(rank):
+    m = model(); net = Parallel(m)
+    return train(m, net, rank, upd=m)
+def frozen(rank):
+    m = model(); m.left.requires_grad_(False)
+    return train(m, Parallel(m), rank)
+
+TOGETHER = [plain, other_weights, norms, part, chance, single, left_out, apart, bare, frozen]
+
+def own_models(rank): m = model(seed=rank); return train(m, m, rank)
+def only_first(rank): return train(m:=model(), m, rank) if rank==0 else None
+
+def differ(rank):
+    "One process has another structure: the next update names the layer"
+    m = model(); net = Parallel(m, broadcast_buffers=False)
+    if rank==1:
+        o = m.right; s = o.structure; rows = s.rows.flip(0)
+        o.set_structure(type(s)(rows, s.group_ptr, s.cols, 8, s.shape), o.values.detach().clone())
+    try: train(m, net, rank)
+    except RuntimeError as e: return str(e)
+
+def out_of_step(rank):
+    m = model(); net = Parallel(m); opt = torch.optim.SGD(m.parameters(), .1); upd = Updater(net, opt, T=2, rule='columns')
+    if rank: upd.t = 2
+    try:
+        for i in range(2): net(torch.randn(4,32)).sum().backward(); opt.step(); opt.zero_grad(); upd.step()
+    except RuntimeError as e: return str(e)
+
+def some_together(rank, groups=[]):
+    "Two of three processes train one model, the third one its own"
+    pair = dist.new_group([0,1])
+    m = model(seed=rank)
+    return train(m, Parallel(m, process_group=pair) if rank<2 else m, rank)
+
+def job(rank, n, port, jobs, q):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=n)
+    for f in jobs:
+        try: q.put((f.__name__, rank, f(rank)))
+        except Exception as e: q.put((f.__name__, rank, f'{type(e).__name__}: {e}'))
+        dist.barrier()
+    dist.destroy_process_group()
+
+def run(n, jobs):
+    "name -> what each process returned"
+    ctx = mp.get_context('spawn'); q = ctx.Queue()
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    ps = [ctx.Process(target=job, args=(r, n, port, jobs, q)) for r in range(n)]
+    for p in ps: p.start()
+    res = {}
+    try:
+        for _ in range(n*len(jobs)):
+            name,rank,got = q.get(timeout=240)
+            res.setdefault(name, {})[rank] = got
+        for p in ps: p.join(60)
+    finally:
+        for p in ps: p.kill()
+    return {k:[v[r] for r in range(n)] for k,v in res.items()}
+
+def test_two():
+    got = run(2, [*TOGETHER, own_models, only_first, differ, out_of_step])
+    for f in TOGETHER:
+        a,b = got[f.__name__]
+        assert isinstance(a, tuple) and a==b and a[0]==3, (f.__name__, a if isinstance(a, str) else [x==y for x,y in zip(a,b)], a[0])
+    a,b = got['own_models']; assert a[0]==b[0]==3 and a[1]!=b[1]
+    assert got['only_first'][0][0]==3 and got['only_first'][1] is None
+    assert all("other structures in 'right'" in o for o in got['differ']), got['differ']
+    assert all('at different steps, 1 and 3' in o for o in got['out_of_step']), got['out_of_step']
+    alone = train(m:=model(), m, 0)
+    assert got['plain'][0][1]!=alone[1]      # both processes counted
+
+def test_three():
+    a,b,c = run(3, [some_together])['some_together']
+    assert a==b and a[0]==c[0]==3 and a[1]!=c[1]
+
+def test_before_wrapping():
+    with pytest.raises(ValueError, match='sparsify first, wrap it then'):
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+        try: dsb.sparsify(Parallel(Net()))
+        finally: dist.destroy_process_group()
