@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
 from .kernels.reference import fits
-from .ops import _conv_args, _looks, less_wanted, operator, picked, reveal, structure_of
+from .ops import _conv_args, _looks, less_wanted, operator, picked, recall, reveal, structure_of
 
 # %% ../nbs/14_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -126,7 +126,7 @@ def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols,
 def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None,
                           B:int, O:int, K:int, kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
                           eps:float, batch:bool, need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
-    s,a = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum),_conv_args(kernel_size, stride, padding, dilation, groups)
+    s,a = recall((rows, group_ptr, cols), B, (O,K), groups, checksum),_conv_args(kernel_size, stride, padding, dilation, groups)
     dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and less_wanted(key, len(x)))
     if need_values and key: dv = reveal(key, dy, lambda n: kernels.norm(x[:n], stats, None, True), dv, s, a)
     grads = kernels.norm_finish(dx, x, None, stats, sums, eps, False, batch, dx if need_x else None, None)

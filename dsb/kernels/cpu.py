@@ -608,7 +608,8 @@ def _ptr(t):
 
 def _solid(t:Tensor, format=torch.contiguous_format)->Tensor: # float32
     "`t` with its numbers in memory, in this format"
-    return solid(t).contiguous(memory_format=format)
+    if t.is_neg() or t._is_zerotensor(): t = solid(t)
+    return t.contiguous(memory_format=format)
 
 # %% ../../nbs/07_cpu.ipynb #8caf3133
 def _order(

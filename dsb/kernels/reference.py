@@ -53,13 +53,16 @@ def fits(
     dy:Tensor=None,   # gradient of the output, if there is one yet
 ):
     "Raise RuntimeError unless these operands belong together"
+    O,K = s.shape
     if a is None:
-        if x.dim()!=2 or x.shape[1]!=s.shape[1]: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (…, {s.shape[1]})')
+        if x.dim()!=2 or x.shape[1]!=K: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (…, {K})')
     else: _fits_image(x, s, a)
     if values.shape!=s.values_shape: raise RuntimeError(f'values of shape {tuple(values.shape)}: expected {s.values_shape} for {s}')
-    if bias is not None and bias.shape!=s.shape[:1]: raise RuntimeError(f'bias of shape {tuple(bias.shape)}: expected {s.shape[:1]}')
+    if bias is not None and bias.shape!=(O,): raise RuntimeError(f'bias of shape {tuple(bias.shape)}: expected {(O,)}')
     if dy is not None and dy.shape!=_out_shape(x, s, a): raise RuntimeError(f'output gradient of shape {tuple(dy.shape)}: expected {_out_shape(x, s, a)}')
-    _alike(x, values, bias, s.cols, dy)
+    t = x.dtype
+    if not (t in _types and t is values.dtype and (bias is None or t is bias.dtype) and (dy is None or t is dy.dtype) and x.layout is torch.strided
+            and x.is_cpu and values.is_cpu and s.cols.is_cpu and (bias is None or bias.is_cpu) and (dy is None or dy.is_cpu)): _alike(x, values, bias, s.cols, dy)
 
 # %% ../../nbs/05_reference.ipynb #190a486f
 def _fits_image(x, s, a):
@@ -75,13 +78,12 @@ def _out_shape(x, s, a): return (len(x), s.shape[0], *(() if a is None else a.ou
 
 def _alike(x, values, bias, cols, dy):
     "Raise unless all are dense tensors of one type on one device"
-    t = x.dtype
-    if t not in _types or t is not values.dtype or not (bias is None or t is bias.dtype) or not (dy is None or t is dy.dtype):
-        got = ', '.join(f'{n} {str(o.dtype)[6:]}' for n,o in (('input',x),('values',values),('bias',bias),('output gradient',dy)) if o is not None)
+    given = {k:o for k,o in dict(input=x, values=values, bias=bias, structure=cols).items() if o is not None} | ({} if dy is None else {'output gradient':dy})
+    if x.dtype not in _types or any(o.dtype!=x.dtype for o in given.values() if o is not cols):
+        got = ', '.join(f'{k} {str(o.dtype)[6:]}' for k,o in given.items() if o is not cols)
         raise RuntimeError(f'{got}: expected one type, float32, float64, bfloat16 or float16')
-    if not (x.is_cpu and values.is_cpu and cols.is_cpu and (bias is None or bias.is_cpu) and (dy is None or dy.is_cpu)):
-        other = next((o.device for o in (values, bias, cols, dy) if o is not None and o.device!=x.device), None)
-        if other: raise RuntimeError(f'input on {x.device}, but the layer on {other}: expected one device')
+    other = next((o.device for o in given.values() if o.device!=x.device), None)
+    if other: raise RuntimeError(f'input on {x.device}, but the layer on {other}: expected one device')
     if x.layout is not torch.strided: raise RuntimeError(f'input with layout {str(x.layout)[6:]}: expected a dense tensor; use x.to_dense()')
 
 # %% ../../nbs/05_reference.ipynb #7ff2a77f
