@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'DATA_SETS', 'Parser', 'fail', 'near', 'train_parser', 'opt
            'train_command', 'show_command', 'export_command', 'bench_command', 'sweep_command', 'main']
 
 # %% ../nbs/23_cli.ipynb #8fbc1a96
-import argparse, os, shutil, sys, textwrap
+import argparse, os, shlex, shutil, sys, textwrap
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -162,12 +162,14 @@ def options_to_config(
 def default_out(
     config, # `TrainConfig`
     under:Path=Path('runs'), # folder of all runs
-)->Path: # a folder without a run in it
-    "The folder of a run that was not given one"
-    c = config
-    name = '-'.join([c.data_set, c.model, c.method] + [f's{c.sparsity:g}']*(c.method != 'dense') + [f'b{c.block_size}']*(c.block_size > 0) + [f'seed{c.seed}'])
-    tries = (under/(name + (f'-{i}' if i > 1 else '')) for i in range(1, 10**6))
-    return next(t for t in tries if not (t/'last.pt').exists())
+)->Path:
+    "The folder of a run that was not given one, but for its number"
+    from dsb.topology import DEFAULT_RULE
+    c, usual = config, type(config)
+    parts = (c.data_set, True), (c.model, True), (c.method, True), (f's{c.sparsity:g}', c.method != 'dense'), \
+            (f'b{c.block_size}', c.block_size > 0), (c.rule, c.rule not in (None, DEFAULT_RULE)), \
+            (f'lr{c.lr:g}', c.lr != usual.lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)
+    return under/'-'.join(text for text, told in parts if told)
 
 # %% ../nbs/23_cli.ipynb #959ec552
 def _agrees(name, value, ck):
@@ -197,11 +199,12 @@ def continued(
 def _ready(given, recipe):
     "The trainer that the options ask for, or one line and status 2"
     try:
-        from dsb.train import Trainer, TrainConfig
+        from dsb.train import Diverged, Trainer, TrainConfig
         if given.get('resume'): return continued(given)
-        config = TrainConfig(**options_to_config(given, recipe))
-        return Trainer(config, given.get('out') or default_out(config))
+        config, out = TrainConfig(**options_to_config(given, recipe)), given.get('out')
+        return Trainer(config, out or default_out(config), another=not out)
     except ValueError as e: fail(e)
+    except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 def _headline(t, kept):
     "What is about to happen; is freed memory kept?"
@@ -228,15 +231,15 @@ def train_command(
 
 def _train(t, keep):
     "Fit, and say how it went; keep freed memory?"
-    from dsb.train import DENSE, DataError, Diverged, Interrupted, leave_group
+    from dsb.train import DENSE, DataError, Diverged, InUse, Interrupted, leave_group
     from dsb.tune import tune
     kept = keep and t.device.type == 'cpu' and tune()
     say = print if t.rank == 0 else lambda *a, **k: None
     say(_headline(t, kept) if t.epoch < t.config.epochs else f"{t.out} is complete: {t.epoch} of {t.config.epochs} epochs", flush=True)
     try: r = t.fit()
-    except Interrupted as e: e.args = (f"{e}; saved, continue with --resume {t.out}",); raise
+    except Interrupted as e: e.args = (f"{e}; saved, continue with --resume {shlex.quote(str(t.out))}",); raise
     except Diverged as e: fail(e, 1)
-    except DataError as e: fail(e)
+    except (DataError, InUse) as e: fail(e)
     leave_group()
     say(f"best test accuracy {r['best_acc']:.2%} (epoch {r['best_epoch']}), last {r['final_acc']:.2%}, {r['seconds']:.0f} s; see {t.out}/curves.png"
         + ('' if r['method'] in DENSE else ' and masks.png'))
@@ -254,15 +257,23 @@ def show_command(
     "Print a run's epochs and layers; draw its pictures anew"
     args = _parse(_run_parser('show', show_command.__doc__), argv)
     try:
-        from dsb.train import TrainConfig, draw_run, load_checkpoint, restored
+        from dsb.train import _one_line, load_checkpoint
         path, ck = load_checkpoint(args.run)
-        model, title = restored(ck), TrainConfig(**ck['config']).title
+        with _one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
     except ValueError as e: fail(e)
-    from dsb.sparsify import summary
-    print(_run_table(f"{path.parent}: {title}; seed {ck['config']['seed']}, {ck['epoch']} of {ck['config']['epochs']} epochs", ck))
-    print(summary(model))
-    print('drawn: ' + ', '.join(draw_run(path.parent, model, ck['history'], ck['start'], title)))
+    print(shown)
     return 0
+
+# %% ../nbs/23_cli.ipynb #5e0fa7c2
+def _shown(run, ck):
+    "What is to be said of a run; its pictures are drawn on the way"
+    from dsb.sparsify import summary
+    from dsb.train import TrainConfig, draw_run, restored
+    c, model = TrainConfig(**ck['config']), restored(ck)
+    try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
+    except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
+    head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
+    return '\n'.join([_run_table(head, ck), str(summary(model)), drawn])
 
 # %% ../nbs/23_cli.ipynb #b078c072
 def _run_row(r, best):
@@ -286,22 +297,35 @@ def export_command(
     p.add_argument('--out', metavar='FILE', help='where to write; default dense.pt in the folder of the run')
     args = _parse(p, argv)
     try:
-        import torch
-        from dsb.sparsify import densify
-        from dsb.train import TrainConfig, claim_folder, load_checkpoint, restored, save_whole, width_of
-        run = Path(args.run)
-        path, ck = load_checkpoint(run/'best.pt' if (run/'best.pt').exists() else run)
+        from dsb.train import _one_line, load_checkpoint
+        best = Path(args.run)/'best.pt'
+        path, ck = load_checkpoint(best if os.path.exists(best) else args.run)
         out = Path(args.out or path.parent/'dense.pt')
-        claim_folder(out.parent, resume=True)
-        save_whole(densify(restored(ck)).state_dict(), out)
+        if os.path.isdir(out): raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
+        with _one_line(f"{path} cannot be exported"): _export(ck, out)
     except ValueError as e: fail(e)
-    name, shape = ck['config']['model'], {k: ck['info'][k] for k in ('num_classes', 'image_size', 'in_channels')}
+    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}. To load it:")
+    print(textwrap.indent(_loading(ck, out), '  '))
+    return 0
+
+# %% ../nbs/23_cli.ipynb #d74b1e90
+def _export(ck, out):
+    "Write the network of a checkpoint as a dense one"
+    from dsb.sparsify import densify
+    from dsb.train import make_folder, restored, save_whole
+    weights = densify(restored(ck)).state_dict()
+    make_folder(out.parent)
+    save_whole(weights, out)
+
+def _loading(ck, out):
+    "Lines of Python that load the exported network"
+    from dsb.train import TrainConfig, width_of
+    shape = {k: ck['info'][k] for k in ('num_classes', 'image_size', 'in_channels')}
     width = width_of(TrainConfig(**ck['config']), shape)
     options = ''.join(f', {k}={v}' for k, v in (shape | (dict(width=width) if width != 1 else {})).items())
-    print(f"{out}: {name} after epoch {ck['epoch']}. To load it:\n"
-          f"  model = dsb.models.create_model({name!r}{options})\n"
-          f"  model.load_state_dict(torch.load({str(out)!r}, weights_only=True))")
-    return 0
+    return ('import torch\nfrom dsb.models import create_model\n'
+            f"model = create_model({ck['config']['model']!r}{options})\n"
+            f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))")
 
 # %% ../nbs/23_cli.ipynb #9d1ef9c7
 def _bench_parser(name, options, about):
@@ -357,9 +381,10 @@ def sweep_command(
     args = _parse(_sweep_parser(), argv)
     try:
         from dsb.sweep import Sweep
-        sweep = Sweep(args.file, args.out, args.only)
-        if args.list or args.table or args.against:
-            print(sweep.table(args.against) if args.table or args.against else sweep)
+        sweep = Sweep(args.file, args.out, [_as_utf8(o) for o in args.only])
+        against = args.against and _as_utf8(args.against)
+        if args.list or args.table or against:
+            print(sweep.table(against) if args.table or against else sweep)
             return 0
         failed = sweep.run(args.jobs, args.threads, say=lambda line: print(line, flush=True))
     except ValueError as e: fail(e)
@@ -367,6 +392,11 @@ def sweep_command(
         print(f"\n{e or 'stopped'}", file=sys.stderr)
         return 128 + getattr(e, 'signum', 2)
     return int(failed > 0)
+
+def _as_utf8(word):
+    "A word of the command line as the UTF-8 that it is where the locale does not say so"
+    try: return os.fsencode(word).decode()
+    except UnicodeError: return word
 
 # %% ../nbs/23_cli.ipynb #25528c1c
 def _commands():
@@ -377,6 +407,7 @@ def _commands():
         export=(export_command, 'write the best weights of a run for ordinary dense layers'),
         sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),
         bench=(bench_command, 'time layers and training steps against dense, and updates'))
+
 
 def main(
     argv:list=None, # words after `dsb`; None: those of this process

@@ -32,7 +32,7 @@ def epochs(file):
     "Epochs that are done, of runs that ended and of runs under way"
     n = 0
     for f in (file.with_suffix('.jsonl'), *file.with_suffix('.runs').glob('*/metrics.jsonl')):
-        try: n += len(f.read_text().splitlines())*(SPEC['common']['epochs'] if f.parent == file.parent else 1)
+        try: n += len(f.read_bytes().splitlines())*(SPEC['common']['epochs'] if f.parent == file.parent else 1)
         except OSError: pass                                         # a run that has just ended
     return n
 
@@ -146,3 +146,26 @@ def test_changed_config(capsys, tmp_path, whole):
     out.write_bytes(b'{"run"\n' + (whole_lines := out.read_bytes()))
     try: assert 'line 1 is no line of a sweep' in refused(capsys, whole)
     finally: out.write_bytes(whole_lines)
+
+def test_not_utf8(capsys, tmp_path):
+    (tmp_path/'s.json').write_bytes(json.dumps(SPEC).replace('small', 'größer').encode('latin-1'))
+    assert "is not the JSON of a sweep: 'utf-8' codec can't decode" in refused(capsys, tmp_path/'s.json')
+
+def test_folder_of_another_dsb(capsys, tmp_path):
+    "A folder of a run whose config cannot be read is named, with what to do"
+    file = write(tmp_path)
+    folder = tmp_path/'s.runs/small-sparsity0.8-seed1'; folder.mkdir(parents=True); (folder/'last.pt').touch()
+    for content in (None, b'{', b'[]', b'\xff'):
+        if content: (folder/'config.json').write_bytes(content)
+        assert f'{folder}/config.json cannot be read' in refused(capsys, file)
+
+def test_waits_for_one_that_is_saving(tmp_path):
+    "The process of a sweep that was killed may still be saving: the next one waits for the folder"
+    import threading
+    from dsb.sweep import Sweep, make_trainer
+    from dsb.train import Claim
+    run = Sweep(write(tmp_path)).runs[1]
+    claim = Claim(tmp_path/'r')
+    threading.Timer(1, claim.release).start()
+    began = time.monotonic()
+    assert make_trainer(run.config, tmp_path/'r').out == tmp_path/'r' and time.monotonic() - began > .9
