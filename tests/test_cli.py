@@ -452,3 +452,89 @@ def test_help(root):
 def test_error_in_a_process(root, tmp_path):
     p = call(root, 'main.py', '--data_set', 'cifar11', '--out', tmp_path/'r')
     assert p.returncode == 2 and p.stdout == '' and p.stderr.startswith('dsb: error: ') and p.stderr.count('\n') == 1
+
+# Terminals, pipes and languages
+
+HERE = dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS='1')
+
+def python(*argv, cwd=None, **env):
+    "Python as a process of its own"
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, cwd=cwd, env=os.environ | HERE | env, capture_output=True, timeout=120)
+
+def dsb(*argv, **kwargs): return python('-m', 'dsb.cli', *argv, **kwargs)
+
+PLAIN = dict(LC_ALL='C', PYTHONUTF8='0')
+TERMINALS = dict(c=PLAIN, c_strict=PLAIN | dict(PYTHONIOENCODING='ascii:strict'),
+                 cp1252=dict(PYTHONIOENCODING='cp1252', PYTHONUTF8='0'), koi8=dict(PYTHONIOENCODING='koi8-r'))
+
+@pytest.fixture(scope='module')
+def foreign_run(run, tmp_path_factory):
+    "The finished run in a folder with spaces and letters of several alphabets"
+    folder = tmp_path_factory.mktemp('runs')/'Прогоны für 測試'
+    shutil.copytree(run, folder/'rün 1')
+    return folder
+
+@pytest.mark.parametrize('terminal', TERMINALS)
+def test_terminal(terminal, foreign_run):
+    "Every character is shown somehow, and those of ours readably"
+    r = dsb('show', 'rün 1', cwd=foreign_run, **TERMINALS[terminal])
+    encoding = TERMINALS[terminal].get('PYTHONIOENCODING', 'ascii').partition(':')[0]
+    out = r.stdout.decode(encoding, 'replace')
+    assert r.returncode == 0 and r.stderr == b'', r.stderr
+    assert any(f'100{x}300' in out for x in '×x') and 'dense.pt' not in out and '\\xd7' not in out and '?' not in out
+    r = dsb('train', *QUICK, '--model', '×ünï…', cwd=foreign_run, **TERMINALS[terminal])
+    assert r.returncode == 2 and r.stderr.startswith(b'dsb: error: ') and r.stderr.count(b'\n') == 1
+
+@pytest.mark.parametrize('command', ['train --help', 'bench layers --help', 'bench gpu --help', 'sweep --help', '--help'])
+def test_help_in_ascii(command):
+    r = dsb(*command.split(), **TERMINALS['c_strict'])
+    assert r.returncode == 0 and r.stderr == b'' and r.stdout.isascii() and b'\\x' not in r.stdout
+    if command == 'train --help': assert b'BxB blocks' in r.stdout
+
+def test_train_in_ascii(tmp_path):
+    "Trained, exported and loaded under a locale that knows no letter of the folder's name"
+    folder = tmp_path/'Ö ñ 日本'; folder.mkdir()
+    assert dsb('train', *QUICK, '--method', 'dsb', '--T', 1, '--out', 'läuft', cwd=folder, **PLAIN).returncode == 0
+    assert (folder/'läuft/summary.json').exists()
+    r = dsb('export', 'läuft', '--out', 'größe.pt', cwd=folder, **TERMINALS['c_strict'])
+    lines = textwrap.dedent(r.stdout.decode('ascii', 'surrogateescape').partition('\n')[2])
+    for env in PLAIN, {}:
+        p = python('-c', lines, cwd=folder, **env)
+        assert p.returncode == 0, p.stderr
+
+def shell(line, cwd, *words):
+    "A line of the shell in which DSB is the command with its words; (status of the command, stdout, stderr)"
+    words = ['sh', '-c', line.replace('DSB', '{ "$@"; echo $? >status; }'), 'sh', sys.executable, '-m', 'dsb.cli', *words]
+    r = subprocess.run(words, cwd=cwd, env=os.environ | HERE, capture_output=True, timeout=120)
+    return int((Path(cwd)/'status').read_text(encoding='utf-8')), r.stdout, r.stderr
+
+@pytest.mark.parametrize('line, command', [
+    *(('DSB | head -1', c) for c in ('train --help', 'show rün_1', 'bench step --help', '--version', 'export rün_1')),
+    *((l, 'show rün_1') for l in ('DSB | true', 'DSB | head -c1', 'DSB >&-'))])
+def test_closed_pipe(line, command, foreign_run):
+    status, _, err = shell(line, foreign_run, *(w.replace('_', ' ') for w in command.split()))
+    assert (status, err) == (0, b'')
+
+def test_pictures_are_drawn_for_nobody(foreign_run):
+    "The pictures of `dsb show` do not depend on who reads the table"
+    (foreign_run/'rün 1/masks.png').unlink()
+    assert shell('DSB | true', foreign_run, 'show', 'rün 1')[0] == 0 and (foreign_run/'rün 1/masks.png').exists()
+
+def test_error_for_nobody(tmp_path):
+    "The status of an error does not depend on who reads it"
+    for line in 'DSB 2>&1 | true', 'DSB >&- 2>&-': assert shell(line, tmp_path, 'train', '--sparsty', '1')[0] == 2
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
+def test_full_disk_behind_stdout(tmp_path):
+    "The run goes on; that some of its lines are lost is said in the end"
+    status, _, err = shell('DSB >/dev/full', tmp_path, 'train', *QUICK, '--out', 'r')
+    assert status == 1 and err.count(b'\n') == 1 and b'stdout cannot be written to (No space left on device)' in err
+    assert (tmp_path/'r/summary.json').exists()
+
+def test_current_folder_cannot_be_written(tmp_path):
+    where = '/proc/self' if os.path.isdir('/proc/self') else pytest.skip('no /proc')
+    r = dsb('train', *QUICK, cwd=where)
+    assert r.returncode == 2 and b'cannot write to --out runs/digits' in r.stderr and r.stderr.count(b'\n') == 1
+    r = dsb('train', *QUICK, '--out', tmp_path/'r', cwd=where)
+    assert r.returncode == 0, r.stderr

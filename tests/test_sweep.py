@@ -147,9 +147,44 @@ def test_changed_config(capsys, tmp_path, whole):
     try: assert 'line 1 is no line of a sweep' in refused(capsys, whole)
     finally: out.write_bytes(whole_lines)
 
+# Languages and pipes
+
+def dsb(root, *argv, **env):
+    "(status, stdout, stderr) of `dsb sweep` in a process of its own"
+    words = [sys.executable, '-m', 'dsb.cli', 'sweep', *map(str, argv)]
+    env = os.environ | dict(OMP_NUM_THREADS='1') | env
+    p = subprocess.run(words, cwd=root, env=env, capture_output=True, timeout=120)
+    return p.returncode, p.stdout.decode(errors='replace'), p.stderr.decode(errors='replace')
+
+def test_languages(root, tmp_path):
+    "A file in UTF-8, with the mark of some editors or without, under one locale and then under another"
+    folder, plain = tmp_path/'Läufe 実験', dict(LC_ALL='C', PYTHONUTF8='0')
+    folder.mkdir()
+    spec = dict(common=SPEC['common'] | dict(epochs=1, batch_size=100), grid=dict(seed=[0], sparsity=[.8]),
+                methods={'größer': dict(method='dense'), '小': dict(method='dsb', block_size=16)})
+    file = folder/'s ü.json'
+    file.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8-sig')
+    assert dsb(root, file, '--only', 'label=größer', **plain)[0] == 0
+    status, out, err = dsb(root, file, '--list')
+    assert (status, err) == (0, '')
+    assert [l.split()[:2] for l in out.splitlines()[1:]] == [['done', 'größer,'], ['to', 'do']]
+    file.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8')
+    assert main(['sweep', str(file), '--threads', '1']) == 0
+    status, out, err = dsb(root, file, '--against', '小', **plain | dict(PYTHONIOENCODING='ascii:strict'))
+    assert (status, err) == (0, '') and '\\u5c0f' in out
+    assert out.splitlines()[0].split() == ['accuracy,', '%', 'dense', '0.8']
+
 def test_not_utf8(capsys, tmp_path):
     (tmp_path/'s.json').write_bytes(json.dumps(SPEC).replace('small', 'größer').encode('latin-1'))
     assert "is not the JSON of a sweep: 'utf-8' codec can't decode" in refused(capsys, tmp_path/'s.json')
+
+def test_reader_that_leaves(root, tmp_path):
+    "`dsb sweep FILE | head -1` does all runs"
+    file = write(tmp_path, SPEC | dict(common=SPEC['common'] | dict(epochs=1, batch_size=100)))
+    p = start(root, file, '--only', 'label=small,blocks')
+    p.stdout.readline(); p.stdout.close()
+    assert (p.stderr.read(), p.wait(timeout=120)) == ('', 0)
+    assert set(results(file)) == {'small', 'blocks'}
 
 def test_folder_of_another_dsb(capsys, tmp_path):
     "A folder of a run whose config cannot be read is named, with what to do"

@@ -120,6 +120,14 @@ def test_bar_in_a_terminal(root, tmp_path):
 SMALL = ('--data_set digits --model lenet300-100 --method dsb --T 1 --epochs 3 --batch_size 32 --n_train 128 --n_test 32 '
          '--device cpu --print_freq 1').split()
 
+def test_reader_that_leaves(root, tmp_path):
+    "Whoever reads the lines of a run may go at any time: it trains on to its end, without a word about it"
+    p = start(root, *SMALL, '--out', tmp_path/'run')
+    until(p, 'step      3')
+    p.stdout.close()
+    assert (p.stderr.read(), p.wait(timeout=120)) == ('', 0)
+    assert len((tmp_path/'run/metrics.jsonl').read_bytes().splitlines()) == 3 and (tmp_path/'run/masks.png').exists()
+
 def test_reader_that_leaves_a_notebook(tmp_path, monkeypatch):
     "The same for a `Trainer` that nobody wraps in a command"
     from dsb.train import Trainer, TrainConfig
