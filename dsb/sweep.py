@@ -199,14 +199,21 @@ def movement(
     return dict(number=len(ups), changed=round(total/len(ups), 6), total=round(total, 5), survived=round(mean(u['survived'] for u in ups), 5), ever_active=round(ups[-1]['ever_active'], 5))
 
 # %% ../nbs/22_sweep.ipynb #aa522e16
+def _line(text):
+    "A line of the file as an object; None where it is no line of a sweep"
+    try: line = json.loads(text)
+    except ValueError: return None
+    keys = line.get('run') if isinstance(line, dict) else None
+    return line if isinstance(keys, dict) and not any(isinstance(v, (list, dict)) for v in keys.values()) else None
+
 def _parts(path):
     "(lines of the file as objects, bytes of the file that hold them)"
     lines, good = [], 0
-    texts = Path(path).read_bytes().splitlines(keepends=True)
+    try: texts = Path(path).read_bytes().splitlines(keepends=True)
+    except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror}): give another --out") from None
     for i, text in enumerate(texts):
-        try: line = json.loads(text)
-        except ValueError: line = None
-        if isinstance(line, dict) and isinstance(line.get('run'), dict): lines.append(line); good += len(text)
+        line = _line(text)
+        if line: lines.append(line); good += len(text)
         elif i == len(texts)-1 and not text.endswith(b'\n'): break
         else: raise ValueError(f"{path}: line {i+1} is no line of a sweep; remove it, or give another --out")
     return lines, good

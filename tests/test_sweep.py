@@ -204,3 +204,10 @@ def test_waits_for_one_that_is_saving(tmp_path):
     threading.Timer(1, claim.release).start()
     began = time.monotonic()
     assert make_trainer(run.config, tmp_path/'r').out == tmp_path/'r' and time.monotonic() - began > .9
+
+def test_results_that_are_none(capsys, tmp_path):
+    "Whatever is wrong with the file of results is said in one line"
+    file = write(tmp_path)
+    (tmp_path/'folder').mkdir(); (tmp_path/'list.jsonl').write_bytes(b'{"run": {"label": ["a"]}}\n')
+    for out, says in (('folder', 'cannot be read (Is a directory): give another --out'), ('list.jsonl', 'line 1 is no line of a sweep')):
+        for more in [], ['--list'], ['--table']: assert says in refused(capsys, file, '--out', tmp_path/out, *more)
