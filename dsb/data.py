@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .glyphs import GLYPH_CLASSES, GLYPH_VERSION, GREY, make_glyphs, rng, mix_seed, show_images
+from .kernels.build import _cache_dir, settle_matplotlib
 
 # %% ../nbs/17_data.ipynb #98c5ae11
 class DataError(ValueError):
@@ -209,8 +210,7 @@ def test_batches(self:TensorData): # yields x (N, C, H, W) float32, y (N,) int64
 # %% ../nbs/17_data.ipynb #7231d852
 def cache_dir()->Path: # need not exist
     "The user's cache folder for this library"
-    if os.environ.get('DSB_CACHE'): return Path(os.environ['DSB_CACHE'])
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'dsb'
+    return _cache_dir()
 
 def _checksum(tensors): return [zlib.crc32(t.contiguous().numpy()) for t in tensors]
 
@@ -232,7 +232,7 @@ def cached(
 )->tuple:     # the tensors
     "The tensors of `make`, from the cache if they are there and intact"
     path = cache_dir()/f'{name}.pt'
-    if path.exists():
+    if os.path.exists(path):
         try:
             d = torch.load(path, weights_only=True)
             if _checksum(d['tensors'])==d['checksum']: return tuple(d['tensors'])
@@ -257,6 +257,7 @@ def _digits(**_):
 # %% ../nbs/17_data.ipynb #21eff942
 def _glyphs(n_train=None, n_test=None, **_):
     "Images and labels of `glyphs`, from the cache or newly drawn"
+    settle_matplotlib()
     import matplotlib, PIL
     counts = dict(train=50_000 if n_train is None else n_train, test=10_000 if n_test is None else n_test)
     name = f"glyphs-v{GLYPH_VERSION}-seed0-{counts['train']}-{counts['test']}-matplotlib{matplotlib.__version__}-pillow{PIL.__version__}"
@@ -315,7 +316,7 @@ def _fetch_cifar(cls, root, download):
     try:
         if archive.is_file(): (tmp/cls.filename).symlink_to(archive.absolute())
         socket.setdefaulttimeout(20)
-        with nullcontext() if _show_bar() else redirect_stderr(open(os.devnull, 'w')): cls(str(tmp), download=True)
+        with nullcontext() if _show_bar() else redirect_stderr(open(os.devnull, 'w', encoding='utf-8')): cls(str(tmp), download=True)
         (root/cls.base_folder).mkdir(exist_ok=True)
         for f in (tmp/cls.base_folder).iterdir(): os.replace(f, root/cls.base_folder/f.name)
         return True

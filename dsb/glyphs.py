@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .kernels.build import settle_matplotlib
+
 # %% ../nbs/16_glyphs.ipynb #2503a625
 GLYPH_CHARS   = string.digits + string.ascii_uppercase + string.ascii_lowercase
 GLYPH_CLASSES = string.digits + string.ascii_uppercase + 'abdefghnqrt'
@@ -39,6 +41,7 @@ def atlas(
     cell:int=48,             # side of a cell in pixels
 )->torch.Tensor:             # (fonts, chars, cell, cell) float32 coverage in [0,1]
     "The large drawing of every character in every font"
+    settle_matplotlib()
     import matplotlib, numpy as np
     from PIL import Image, ImageDraw, ImageFont
     out = np.zeros((len(fonts), len(chars), cell, cell), np.float32)
@@ -59,6 +62,7 @@ def show_images(
     size:float=.65,  # side of an image in inches
 ):                   # the matplotlib figure
     "A grid of small images"
+    settle_matplotlib()
     import matplotlib.pyplot as plt
     x = x.float()/255 if x.dtype==torch.uint8 else x.float().clamp(0, 1)
     nrows = -(-len(x)//ncols)

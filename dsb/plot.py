@@ -8,6 +8,7 @@ __all__ = ['plot_mask', 'plot_masks', 'plot_density', 'plot_curves', 'plot_lr']
 # %% ../nbs/18_plot.ipynb #cc0a1178
 import torch
 from torch import nn
+from .kernels.build import settle_matplotlib
 from .sparsify import sparse_layers
 
 # %% ../nbs/18_plot.ipynb #11314e48
@@ -15,6 +16,7 @@ _INK, _NEW, _OLD, _SOFT = '#1f3b57', '#e4572e', '#f6c9b8', '#93a8bd'
 
 def _figure(width, height):
     "An empty figure, in inches, that a notebook displays"
+    settle_matplotlib()
     from io import BytesIO
     from matplotlib.figure import Figure
     class Picture(Figure):
@@ -45,6 +47,7 @@ def _group_order(layer):
 # %% ../nbs/18_plot.ipynb #7935fd2c
 def _paint(now, before=None):
     "(O,K,3) colours: active now, and, given an earlier mask, what came and what went"
+    settle_matplotlib()
     from matplotlib.colors import to_rgb
     ink = torch.tensor([to_rgb(c) for c in ('#ffffff', _INK, _OLD, _NEW)])
     if before is None: before = now

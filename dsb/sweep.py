@@ -22,7 +22,8 @@ from .bench import _table, processor
 from .density import one_of
 from .models import create_model
 from .plot import _INK, _NEW, _SOFT, _figure, _plain
-from .train import DENSE, MAY_CHANGE, Interrupted, Signals, Trainer, TrainConfig, _data_shape, _write_text
+from .train import DENSE, MAY_CHANGE, InUse, Interrupted, Signals, Trainer, TrainConfig, check_types
+from .train import _data_shape, _write_text
 from .tune import tune
 
 # %% ../nbs/22_sweep.ipynb #a8a0d0ee
@@ -68,7 +69,7 @@ def read_sweep(
     path, # JSON file
 )->dict:  # for `sweep_runs`
     "The description of a sweep from a file"
-    try: spec = json.loads(Path(path).read_text(), object_pairs_hook=_no_twice)
+    try: spec = json.loads(Path(path).read_text(encoding='utf-8-sig'), object_pairs_hook=_no_twice)
     except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror}): expected a JSON file with common, methods and grid") from None
     except ValueError as e: raise ValueError(f"{path} is not the JSON of a sweep: {e}") from None
     try: return check_spec(spec)
@@ -83,7 +84,9 @@ class Run:
     @property
     def id(self)->frozenset: return frozenset(self.keys.items())
     @property
-    def name(self)->str: return re.sub(r'[^\w.+-]', '_', '-'.join([str(self.keys['label'])] + [f'{k}{v}' for k, v in list(self.keys.items())[1:]]))
+    def name(self)->str:
+        words = [str(self.keys['label'])] + [f'{k}{v}' for k, v in list(self.keys.items())[1:]]
+        return os.fsdecode(re.sub(r'[^\w.+-]', '_', '-'.join(words)).encode())
     def __str__(self): return ', '.join([str(self.keys['label'])] + [f'{k} {v}' for k, v in list(self.keys.items())[1:]])
 
 # %% ../nbs/22_sweep.ipynb #76c072ca
@@ -92,14 +95,6 @@ _BLOCKS = ('rule', 'grow', 'regroup')                                           
 IGNORED = {'dense': ('sparsity', 'block_size', 'distribution', 'start', *_STILL), 'small-dense': ('block_size', 'distribution', 'start', *_STILL), 'ssb': _STILL,
            'static': ('block_size', *_STILL), 'set': ('block_size', *_BLOCKS), 'rigl': ('block_size', *_BLOCKS), 'dsb': ()}
 
-def _check_types(values):
-    "Raise unless each field holds what JSON should have there"
-    words = {str: 'a text', int: 'a whole number', float: 'a number', bool: 'true or false'}
-    for k, v in values.items():
-        kind = TrainConfig.__annotations__[k]
-        right = isinstance(v, (int, float) if kind is float else kind) and (kind is bool or not isinstance(v, bool))
-        if not right and not (v is None and DEFAULTS[k] is None): raise ValueError(f"{k}={v!r}: expected {words[kind]}")
-
 def make_run(
     label:str,    # of the method
     values:dict,  # fields of `TrainConfig` that do not vary
@@ -107,7 +102,7 @@ def make_run(
 )->Run:
     "The run of a method at a point of the grid"
     try:
-        _check_types(values | point)
+        check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), IGNORED, 'method')
         point = {k: v for k, v in point.items() if k not in IGNORED[method]}
         c = TrainConfig(**values | point)
@@ -184,7 +179,9 @@ def commit(
     "The git commit of a folder's files"
     import dsb
     folder = Path(folder or Path(dsb.__file__).parent)
-    git = lambda *words: subprocess.run(['git', '--no-optional-locks', '-C', str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words):
+        r = subprocess.run(['git', '--no-optional-locks', '-C', str(folder), *words], capture_output=True, check=True)
+        return r.stdout.decode(errors='replace').strip()
     try:
         git('ls-files', '--error-unmatch', '__init__.py')
         return git('rev-parse', 'HEAD') + '+changes'*bool(git('status', '--porcelain', '--', '.'))
@@ -202,14 +199,21 @@ def movement(
     return dict(number=len(ups), changed=round(total/len(ups), 6), total=round(total, 5), survived=round(mean(u['survived'] for u in ups), 5), ever_active=round(ups[-1]['ever_active'], 5))
 
 # %% ../nbs/22_sweep.ipynb #aa522e16
+def _line(text):
+    "A line of the file as an object; None where it is no line of a sweep"
+    try: line = json.loads(text)
+    except ValueError: return None
+    keys = line.get('run') if isinstance(line, dict) else None
+    return line if isinstance(keys, dict) and not any(isinstance(v, (list, dict)) for v in keys.values()) else None
+
 def _parts(path):
     "(lines of the file as objects, bytes of the file that hold them)"
     lines, good = [], 0
-    texts = Path(path).read_bytes().splitlines(keepends=True)
+    try: texts = Path(path).read_bytes().splitlines(keepends=True)
+    except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror}): give another --out") from None
     for i, text in enumerate(texts):
-        try: line = json.loads(text)
-        except ValueError: line = None
-        if isinstance(line, dict) and 'run' in line: lines.append(line); good += len(text)
+        line = _line(text)
+        if line: lines.append(line); good += len(text)
         elif i == len(texts)-1 and not text.endswith(b'\n'): break
         else: raise ValueError(f"{path}: line {i+1} is no line of a sweep; remove it, or give another --out")
     return lines, good
@@ -244,9 +248,15 @@ def make_trainer(
     folder,             # of the run
 )->Trainer: # ready to `fit`
     "The trainer of a run, where the run stands"
-    if (Path(folder)/'last.pt').exists(): return SweepTrainer.resume(folder, **{k: getattr(config, k) for k in MAY_CHANGE})
-    return SweepTrainer(config, folder)
+    may = {k: getattr(config, k) for k in MAY_CHANGE}
+    begun = lambda: (Path(folder)/'last.pt').exists()
+    make = lambda: SweepTrainer.resume(folder, **may) if begun() else SweepTrainer(config, folder)
+    for _ in range(300):
+        try: return make()
+        except InUse: time.sleep(.2)
+    return make()
 
+# %% ../nbs/22_sweep.ipynb #5be90c73
 def came_of_it(
     t:Trainer, # after `fit`
     result:dict, # of `fit`
@@ -313,7 +323,8 @@ def read(self:Sweep):
     for r in self.runs:
         line, begun = self.lines.get(r.id), self.folder/r.name
         if line and 'error' not in line: _agree(r, line['config'], self.out, 'give another --out, or take its line out of the file')
-        elif (begun/'last.pt').exists(): _agree(r, differs(json.loads((begun/'config.json').read_text())), begun, 'give another --out, or remove the folder')
+        elif (begun/'last.pt').exists():
+            _agree(r, differs(_config_in(begun)), begun, 'give another --out, or remove the folder')
 
 # %% ../nbs/22_sweep.ipynb #4ef7e777
 def _agree(run, there, where, remedy):
@@ -323,6 +334,12 @@ def _agree(run, there, where, remedy):
     for k in sorted((here.keys() | there.keys()) - free):
         a, b = (d.get(k, DEFAULTS.get(k)) for d in (there, here))
         if a != b: raise ValueError(f"{run}: {where} has this run with {k}={a!r}, now it is {k}={b!r}; {remedy}")
+
+def _config_in(folder):
+    "The config that a run's folder tells"
+    f, remedy = folder/'config.json', 'remove the folder, and its run starts anew'
+    try: return _object(json.loads(f.read_text(encoding='utf-8')), 'config')
+    except (OSError, ValueError) as e: raise ValueError(f"{f} cannot be read ({e}): {remedy}") from None
 
 # %% ../nbs/22_sweep.ipynb #b886509e
 @patch
@@ -379,7 +396,7 @@ def line_of(
 )->dict: # None where it was stopped
     "The line of a run that has ended"
     f, status, c = w.folder/'outcome.json', w.process.returncode, w.run.config
-    if f.exists(): outcome = json.loads(f.read_text())
+    if f.exists(): outcome = json.loads(f.read_text(encoding='utf-8'))
     elif status in (130, 143, -signal.SIGINT, -signal.SIGTERM): return None
     else: outcome = dict(error=f"the process ended with status {status}" if status >= 0 else f"the process was ended by {signal.Signals(-status).name}") | made_with()
     return dict(run=w.run.keys, config=differs(asdict(c))) | {k: v for k, v in outcome.items() if k not in ('commit', 'versions', 'processor', 'threads')} \

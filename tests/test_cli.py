@@ -1,5 +1,5 @@
 "The command line: every wrong argument or input ends with status 2 and one line that helps"
-import json, math, os, pickle, subprocess, sys, tarfile
+import json, math, os, pickle, shutil, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
 import torch
@@ -88,8 +88,8 @@ def test_contradiction(options, says, capsys, tmp_path):
 ])
 def test_method(options, method, block_size, capsys, tmp_path):
     assert main(['train', *QUICK, '--T', '1', '--out', str(tmp_path/'r'), *options.split()]) == 0
-    config = json.loads((tmp_path/'r/config.json').read_text())
-    summary = json.loads((tmp_path/'r/summary.json').read_text())
+    config = json.loads((tmp_path/'r/config.json').read_text(encoding='utf-8'))
+    summary = json.loads((tmp_path/'r/summary.json').read_text(encoding='utf-8'))
     assert (config['method'], config['block_size']) == (summary['method'], summary['block_size']) == (method, block_size)
     assert summary['density'] == 1 if method == 'dense' else abs(summary['density'] - .1) < .01
     assert (tmp_path/'r/masks.png').exists() == (method != 'dense')
@@ -170,6 +170,62 @@ def test_image_too_small(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.nn.functional.interpolate', lambda x, size, **k: x[..., :2, :2])
     assert 'too small for lenet5' in refused(capsys, tmp_path, '--model', 'lenet5')
 
+# The folder of a run
+
+def test_default_folder(tmp_path, monkeypatch, capsys):
+    "What differs is in the name, what is the same gets a number, and a folder that is there is left alone"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'runs/digits-lenet300-100-dsb-s0.9-b16-seed0').mkdir(parents=True)
+    for more in '', '', '--rule swap', '--lr .05 --T 7', '--seed 3':
+        assert main(['train', *QUICK, '--method', 'dsb', *more.split()]) == 0
+    folders = {p.name.removeprefix('digits-lenet300-100-dsb-s0.9-b16-'): p for p in (tmp_path/'runs').iterdir()}
+    assert folders.keys() == {'seed0', 'seed0-2', 'seed0-3', 'swap-seed0', 'lr0.05-T7-seed0', 'seed3'}
+    assert not list(folders.pop('seed0').iterdir()) and all((p/'last.pt').exists() for p in folders.values())
+    out = capsys.readouterr().out
+    for p in folders.values(): assert f', in runs/{p.name}\n' in out and f'see runs/{p.name}/curves.png' in out
+
+def test_nothing_is_left(tmp_path, monkeypatch, capsys):
+    "A run that fails before its first step leaves no folder of its own, and hides no error"
+    from dsb.data import DataError
+    monkeypatch.chdir(tmp_path)
+    ends(capsys, 2, ['train', *QUICK, '--n_train', '1'])
+    ends(capsys, 2, ['train', *QUICK, '--out', 'a/b/c', '--n_train', '1'])
+    ends(capsys, 2, ['train', *QUICK, '--out', 'a/' + 'long'*99])
+    def broken(self): raise DataError('x.png is broken')
+    monkeypatch.setattr('dsb.train.Trainer.train_epoch', broken)
+    for out in [], ['--out', 'a/b/c']: assert 'x.png is broken' in ends(capsys, 2, ['train', *QUICK, *out])
+    assert not list(tmp_path.iterdir())
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine/probe').write_text('mine')
+    ends(capsys, 2, ['train', *QUICK, '--out', 'mine/new'])
+    ends(capsys, 2, ['train', *QUICK, '--out', 'mine'])
+    assert (tmp_path/'mine/probe').read_text(encoding='utf-8') == 'mine' and not (tmp_path/'mine/new').exists()
+
+def test_filled_parent(tmp_path, monkeypatch, capsys):
+    "Where somebody has put something into a folder that the run has made, it stays and the true error comes out"
+    from dsb import train
+    def fails(*args, **kwargs):
+        (tmp_path/'a/other').touch()
+        raise train.DataError('no data today')
+    monkeypatch.setattr(train, 'load_data', fails)
+    assert 'no data today' in ends(capsys, 2, ['train', *QUICK, '--out', tmp_path/'a/b/c'])
+    assert [p.name for p in (tmp_path/'a').iterdir()] == ['other']
+
+def test_folder_in_use(run, tmp_path, capsys):
+    "A folder of a run that is going on is refused to others that would write to it, and to nobody else"
+    from dsb.train import Claim
+    live = tmp_path/'live run'
+    shutil.copytree(run, live)
+    claim = Claim(live, resume=True)
+    assert "is in use by a run that is going on" in ends(capsys, 2, ['train', '--resume', live])
+    assert "already holds a run: continue it with --resume '" in ends(capsys, 2, ['train', *QUICK, '--out', live])
+    (live/'last.pt').rename(live/'kept.pt')
+    assert "is in use by a run that is going on" in ends(capsys, 2, ['train', *QUICK, '--out', live])
+    (live/'kept.pt').rename(live/'last.pt')
+    for argv in ['show', live], ['export', live], ['train', '--resume', live, '--out', tmp_path/'other']:
+        assert main(list(map(str, argv))) == 0
+    claim.release()
+    assert main(['train', '--resume', str(live)]) == 0
+
 # Continuing
 
 @pytest.fixture(scope='module')
@@ -181,10 +237,11 @@ def run(tmp_path_factory):
 
 def test_run_folder(run):
     assert {p.name for p in run.iterdir()} >= {'config.json', 'metrics.jsonl', 'last.pt', 'best.pt', 'summary.json', 'curves.png', 'masks.png'}
-    (row,) = map(json.loads, (run/'metrics.jsonl').read_text().splitlines())
+    (row,) = map(json.loads, (run/'metrics.jsonl').read_text(encoding='utf-8').splitlines())
     assert {'epoch', 'step', 'lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc', 'density', 'step_ms'} <= row.keys()
     assert row['updates'] and {'step', 'drop_fraction', 'planned', 'confirmed', 'grown', 'net_changed', 'survived', 'ever_active'} <= row['updates'][0].keys()
-    assert {'best_acc', 'final_acc', 'method', 'density', 'block_size', 'seconds'} <= json.loads((run/'summary.json').read_text()).keys()
+    summary = json.loads((run/'summary.json').read_text(encoding='utf-8'))
+    assert {'best_acc', 'final_acc', 'method', 'density', 'block_size', 'seconds'} <= summary.keys()
 
 def test_folder_is_taken(run, capsys):
     err = ends(capsys, 2, ['train', *QUICK, '--out', run])
@@ -204,7 +261,7 @@ def test_resume_complete(run, capsys):
 def test_resume_elsewhere(run, tmp_path, capsys):
     assert main(['train', '--resume', str(run/'best.pt'), '--out', str(tmp_path/'b')]) == 0
     assert {p.name for p in (tmp_path/'b').iterdir()} == {p.name for p in run.iterdir()} - {'dense.pt'}
-    assert (tmp_path/'b/metrics.jsonl').read_text() == (run/'metrics.jsonl').read_text()
+    assert (tmp_path/'b/metrics.jsonl').read_bytes() == (run/'metrics.jsonl').read_bytes()
 
 def foreign(run, d, kind):
     "A file that is no checkpoint"
@@ -257,7 +314,7 @@ def test_recipes(tmp_path, capsys):
     "The ImageNet command, in small: warm-up over 1/21 of the run, falls at 2/7, 2/3 and 6/7"
     argv = [*QUICK, '--epochs', '21', '--batch_size', '32', '--out', str(tmp_path/'r'), '--print_freq', '1']
     assert train_command(argv, 'imagenet', 'train_imagenet.py') == 0
-    rows = [json.loads(l) for l in (tmp_path/'r/metrics.jsonl').read_text().splitlines()]
+    rows = [json.loads(l) for l in (tmp_path/'r/metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [round(r['lr'], 9) for r in rows] == [.1]*6 + [.01]*8 + [.001]*4 + [.0001]*3
     assert 'step      1  batch 1/4' in capsys.readouterr().out
 
@@ -265,8 +322,8 @@ def test_same_seed(tmp_path):
     "The same seed gives the same run, another seed another"
     for name, seed in ('a', 0), ('b', 0), ('c', 1):
         assert main(['train', *QUICK, '--method', 'set', '--T', '1', '--seed', str(seed), '--out', str(tmp_path/name)]) == 0
-    a, b, c = (json.loads((tmp_path/n/'summary.json').read_text()) for n in 'abc')
-    rows = [json.loads((tmp_path/n/'metrics.jsonl').read_text())['train_loss'] for n in 'abc']
+    a, b, c = (json.loads((tmp_path/n/'summary.json').read_text(encoding='utf-8')) for n in 'abc')
+    rows = [json.loads((tmp_path/n/'metrics.jsonl').read_text(encoding='utf-8'))['train_loss'] for n in 'abc']
     assert (a['structure'], rows[0]) == (b['structure'], rows[1]) and a['structure'] != c['structure'] and rows[0] != rows[2]
 
 def test_amp(tmp_path):
@@ -289,9 +346,87 @@ def test_export(run, capsys, tmp_path):
     model = create_model('lenet300-100', num_classes=10, image_size=32, in_channels=1)
     model.load_state_dict(torch.load(run/'dense.pt', weights_only=True))
     hits = sum((model.eval()(x).argmax(1) == y).sum() for x, y in load_data('digits', channels=1, n_test=64).test_batches())
-    assert int(hits)/64 == json.loads((run/'summary.json').read_text())['best_acc']
+    assert int(hits)/64 == json.loads((run/'summary.json').read_text(encoding='utf-8'))['best_acc']
     assert 'cannot write to' in ends(capsys, 2, ['export', run, '--out', run/'last.pt/x.pt'])
     assert main(['export', str(run), '--out', str(tmp_path/'new/w.pt')]) == 0
+
+def changed(run, d, change):
+    "A copy of a run whose checkpoint `change` has changed"
+    shutil.copytree(run, d/'odd', ignore=shutil.ignore_patterns('best.pt', 'dense.pt', '*.png'))
+    ck = torch.load(d/'odd/last.pt', weights_only=True)
+    change(ck)
+    torch.save(ck, d/'odd/last.pt')
+    return d/'odd'
+
+@pytest.mark.parametrize('change, says', [
+    (lambda ck: ck['config'].update(colour='red'), "config has 'colour', which this dsb does not know"),
+    (lambda ck: ck['config'].pop('model'), 'config lacks model'),
+    (lambda ck: ck['config'].update(lr='fast'), "lr='fast': expected a number"),
+    (lambda ck: ck['config'].update(model='ReNet-18'), 'did you mean ResNet18?'),
+    (lambda ck: ck['config'].update(model='mlp'), 'the checkpoint does not fit its own config'),
+    (lambda ck: ck.update(config=None), 'config is None'),
+    (lambda ck: ck['info'].pop('image_size'), 'info lacks image_size'),
+    (lambda ck: ck['info'].update(num_classes='ten'), "num_classes='ten'"),
+    (lambda ck: ck['history'][0].pop('updates'), 'epoch 1 of the history has no list of updates'),
+    (lambda ck: ck['history'][0]['updates'][0].pop('net_changed'), 'lacks net_changed'),
+    (lambda ck: ck['history'][0].update(train_acc='50 %'), "train_acc='50 %'"),
+    (lambda ck: ck['history'].append(3), 'the history has 2 epochs, expected 1'),
+    (lambda ck: ck.update(history={}), 'history is dict, expected list'),
+    (lambda ck: ck.update(best=dict(acc=.5)), 'best lacks epoch'),
+    (lambda ck: ck.update(start=dict(conv=3)), 'start has no mask of conv'),
+    (lambda ck: ck.update(step='8'), 'step is str, expected int'),
+    (lambda ck: ck['model'].clear(), 'the checkpoint does not fit its own config')])
+def test_odd_checkpoint(change, says, run, tmp_path, capsys):
+    "An older or a foreign checkpoint ends each command with one line"
+    odd = changed(run, tmp_path, change)
+    assert says in ends(capsys, 2, ['show', odd]) and says in ends(capsys, 2, ['export', odd])
+    err = ends(capsys, 2, ['train', '--resume', odd, '--out', tmp_path/'new/run'])
+    assert says in err or 'does not fit this dsb' in err
+    assert not (tmp_path/'new').exists() and not (odd/'dense.pt').exists()
+
+def test_older_checkpoint(run, tmp_path, capsys):
+    "Fields of the config that came later have their defaults"
+    old = changed(run, tmp_path, lambda ck: [ck['config'].pop(k) for k in ('part', 'regroup', 'eval_every', 'start')])
+    for argv in ['show'], ['export'], ['train', '--resume']: assert main([*argv, str(old)]) == 0
+
+@pytest.mark.parametrize('change, says', [
+    (lambda ck: ck['rng'].clear(), 'IndexError'),
+    (lambda ck: ck.update(rng=[[torch.zeros(3)]]), 'does not fit this dsb or its data'),
+    (lambda ck: ck.update(opt={}), "KeyError: 'param_groups'"),
+    (lambda ck: ck.update(upd=None), 'does not fit this dsb or its data'),
+    (lambda ck: ck.pop('sums'), "KeyError: 'sums'"), (lambda ck: ck['info'].update(world=3), 'had world=3')])
+def test_odd_state(change, says, run, tmp_path, capsys):
+    odd = changed(run, tmp_path, change)
+    assert says in ends(capsys, 2, ['train', '--resume', odd]) and main(['show', str(odd)]) == 0
+
+def test_unreadable(run, tmp_path, capsys):
+    (tmp_path/'last.pt').symlink_to(tmp_path/'last.pt')               # a link to itself
+    for argv in ['show'], ['export'], ['train', '--resume']: assert 'last.pt' in ends(capsys, 2, [*argv, tmp_path])
+    assert 'no checkpoint at' in ends(capsys, 2, ['show', tmp_path/('long'*99)])
+
+def test_show_where_nothing_can_be_written(run, capsys, monkeypatch):
+    def refuse(*args): raise OSError(30, 'Read-only file system')
+    monkeypatch.setattr('dsb.train.os.replace', refuse)
+    assert main(['show', str(run)]) == 0
+    out = capsys.readouterr().out
+    assert 'blocks of 16' in out and f'nothing drawn: {run} cannot be written to (Read-only file system)' in out
+
+@pytest.mark.parametrize('name', ['weights.pt', "it's \"mine\" \\ ×.pt", 'für dich.pt'])
+def test_export_prints_a_program(name, run, tmp_path, capsys):
+    "The lines that export prints load the network, in a session that has imported nothing"
+    assert main(['export', str(run), '--out', str(tmp_path/name)]) == 0
+    printed = capsys.readouterr().out
+    lines = textwrap.dedent(printed[printed.index('\n')+1:])
+    exec(lines + 'assert model.eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 10)', {})
+    assert f'cannot write to --out {tmp_path}: it is a folder' in ends(capsys, 2, ['export', run, '--out', tmp_path])
+
+def test_export_small_dense(tmp_path, capsys):
+    assert main(['train', *QUICK, '--method', 'small-dense', '--sparsity', '.8', '--out', str(tmp_path/'r')]) == 0
+    capsys.readouterr()
+    assert main(['export', str(tmp_path/'r')]) == 0
+    printed = capsys.readouterr().out
+    assert 'width=' in printed
+    exec(textwrap.dedent(printed[printed.index('\n')+1:]), {})
 
 def test_command(capsys):
     assert main([]) == 0 and 'usage: dsb COMMAND' in capsys.readouterr().out
@@ -317,3 +452,89 @@ def test_help(root):
 def test_error_in_a_process(root, tmp_path):
     p = call(root, 'main.py', '--data_set', 'cifar11', '--out', tmp_path/'r')
     assert p.returncode == 2 and p.stdout == '' and p.stderr.startswith('dsb: error: ') and p.stderr.count('\n') == 1
+
+# Terminals, pipes and languages
+
+HERE = dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS='1')
+
+def python(*argv, cwd=None, **env):
+    "Python as a process of its own"
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, cwd=cwd, env=os.environ | HERE | env, capture_output=True, timeout=120)
+
+def dsb(*argv, **kwargs): return python('-m', 'dsb.cli', *argv, **kwargs)
+
+PLAIN = dict(LC_ALL='C', PYTHONUTF8='0')
+TERMINALS = dict(c=PLAIN, c_strict=PLAIN | dict(PYTHONIOENCODING='ascii:strict'),
+                 cp1252=dict(PYTHONIOENCODING='cp1252', PYTHONUTF8='0'), koi8=dict(PYTHONIOENCODING='koi8-r'))
+
+@pytest.fixture(scope='module')
+def foreign_run(run, tmp_path_factory):
+    "The finished run in a folder with spaces and letters of several alphabets"
+    folder = tmp_path_factory.mktemp('runs')/'Прогоны für 測試'
+    shutil.copytree(run, folder/'rün 1')
+    return folder
+
+@pytest.mark.parametrize('terminal', TERMINALS)
+def test_terminal(terminal, foreign_run):
+    "Every character is shown somehow, and those of ours readably"
+    r = dsb('show', 'rün 1', cwd=foreign_run, **TERMINALS[terminal])
+    encoding = TERMINALS[terminal].get('PYTHONIOENCODING', 'ascii').partition(':')[0]
+    out = r.stdout.decode(encoding, 'replace')
+    assert r.returncode == 0 and r.stderr == b'', r.stderr
+    assert any(f'100{x}300' in out for x in '×x') and 'dense.pt' not in out and '\\xd7' not in out and '?' not in out
+    r = dsb('train', *QUICK, '--model', '×ünï…', cwd=foreign_run, **TERMINALS[terminal])
+    assert r.returncode == 2 and r.stderr.startswith(b'dsb: error: ') and r.stderr.count(b'\n') == 1
+
+@pytest.mark.parametrize('command', ['train --help', 'bench layers --help', 'bench gpu --help', 'sweep --help', '--help'])
+def test_help_in_ascii(command):
+    r = dsb(*command.split(), **TERMINALS['c_strict'])
+    assert r.returncode == 0 and r.stderr == b'' and r.stdout.isascii() and b'\\x' not in r.stdout
+    if command == 'train --help': assert b'BxB blocks' in r.stdout
+
+def test_train_in_ascii(tmp_path):
+    "Trained, exported and loaded under a locale that knows no letter of the folder's name"
+    folder = tmp_path/'Ö ñ 日本'; folder.mkdir()
+    assert dsb('train', *QUICK, '--method', 'dsb', '--T', 1, '--out', 'läuft', cwd=folder, **PLAIN).returncode == 0
+    assert (folder/'läuft/summary.json').exists()
+    r = dsb('export', 'läuft', '--out', 'größe.pt', cwd=folder, **TERMINALS['c_strict'])
+    lines = textwrap.dedent(r.stdout.decode('ascii', 'surrogateescape').partition('\n')[2])
+    for env in PLAIN, {}:
+        p = python('-c', lines, cwd=folder, **env)
+        assert p.returncode == 0, p.stderr
+
+def shell(line, cwd, *words):
+    "A line of the shell in which DSB is the command with its words; (status of the command, stdout, stderr)"
+    words = ['sh', '-c', line.replace('DSB', '{ "$@"; echo $? >status; }'), 'sh', sys.executable, '-m', 'dsb.cli', *words]
+    r = subprocess.run(words, cwd=cwd, env=os.environ | HERE, capture_output=True, timeout=120)
+    return int((Path(cwd)/'status').read_text(encoding='utf-8')), r.stdout, r.stderr
+
+@pytest.mark.parametrize('line, command', [
+    *(('DSB | head -1', c) for c in ('train --help', 'show rün_1', 'bench step --help', '--version', 'export rün_1')),
+    *((l, 'show rün_1') for l in ('DSB | true', 'DSB | head -c1', 'DSB >&-'))])
+def test_closed_pipe(line, command, foreign_run):
+    status, _, err = shell(line, foreign_run, *(w.replace('_', ' ') for w in command.split()))
+    assert (status, err) == (0, b'')
+
+def test_pictures_are_drawn_for_nobody(foreign_run):
+    "The pictures of `dsb show` do not depend on who reads the table"
+    (foreign_run/'rün 1/masks.png').unlink()
+    assert shell('DSB | true', foreign_run, 'show', 'rün 1')[0] == 0 and (foreign_run/'rün 1/masks.png').exists()
+
+def test_error_for_nobody(tmp_path):
+    "The status of an error does not depend on who reads it"
+    for line in 'DSB 2>&1 | true', 'DSB >&- 2>&-': assert shell(line, tmp_path, 'train', '--sparsty', '1')[0] == 2
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
+def test_full_disk_behind_stdout(tmp_path):
+    "The run goes on; that some of its lines are lost is said in the end"
+    status, _, err = shell('DSB >/dev/full', tmp_path, 'train', *QUICK, '--out', 'r')
+    assert status == 1 and err.count(b'\n') == 1 and b'stdout cannot be written to (No space left on device)' in err
+    assert (tmp_path/'r/summary.json').exists()
+
+def test_current_folder_cannot_be_written(tmp_path):
+    where = '/proc/self' if os.path.isdir('/proc/self') else pytest.skip('no /proc')
+    r = dsb('train', *QUICK, cwd=where)
+    assert r.returncode == 2 and b'cannot write to --out runs/digits' in r.stderr and r.stderr.count(b'\n') == 1
+    r = dsb('train', *QUICK, '--out', tmp_path/'r', cwd=where)
+    assert r.returncode == 0, r.stderr

@@ -32,7 +32,7 @@ def epochs(file):
     "Epochs that are done, of runs that ended and of runs under way"
     n = 0
     for f in (file.with_suffix('.jsonl'), *file.with_suffix('.runs').glob('*/metrics.jsonl')):
-        try: n += len(f.read_text().splitlines())*(SPEC['common']['epochs'] if f.parent == file.parent else 1)
+        try: n += len(f.read_bytes().splitlines())*(SPEC['common']['epochs'] if f.parent == file.parent else 1)
         except OSError: pass                                         # a run that has just ended
     return n
 
@@ -146,3 +146,68 @@ def test_changed_config(capsys, tmp_path, whole):
     out.write_bytes(b'{"run"\n' + (whole_lines := out.read_bytes()))
     try: assert 'line 1 is no line of a sweep' in refused(capsys, whole)
     finally: out.write_bytes(whole_lines)
+
+# Languages and pipes
+
+def dsb(root, *argv, **env):
+    "(status, stdout, stderr) of `dsb sweep` in a process of its own"
+    words = [sys.executable, '-m', 'dsb.cli', 'sweep', *map(str, argv)]
+    env = os.environ | dict(OMP_NUM_THREADS='1') | env
+    p = subprocess.run(words, cwd=root, env=env, capture_output=True, timeout=120)
+    return p.returncode, p.stdout.decode(errors='replace'), p.stderr.decode(errors='replace')
+
+def test_languages(root, tmp_path):
+    "A file in UTF-8, with the mark of some editors or without, under one locale and then under another"
+    folder, plain = tmp_path/'Läufe 実験', dict(LC_ALL='C', PYTHONUTF8='0')
+    folder.mkdir()
+    spec = dict(common=SPEC['common'] | dict(epochs=1, batch_size=100), grid=dict(seed=[0], sparsity=[.8]),
+                methods={'größer': dict(method='dense'), '小': dict(method='dsb', block_size=16)})
+    file = folder/'s ü.json'
+    file.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8-sig')
+    assert dsb(root, file, '--only', 'label=größer', **plain)[0] == 0
+    status, out, err = dsb(root, file, '--list')
+    assert (status, err) == (0, '')
+    assert [l.split()[:2] for l in out.splitlines()[1:]] == [['done', 'größer,'], ['to', 'do']]
+    file.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8')
+    assert main(['sweep', str(file), '--threads', '1']) == 0
+    status, out, err = dsb(root, file, '--against', '小', **plain | dict(PYTHONIOENCODING='ascii:strict'))
+    assert (status, err) == (0, '') and '\\u5c0f' in out
+    assert out.splitlines()[0].split() == ['accuracy,', '%', 'dense', '0.8']
+
+def test_not_utf8(capsys, tmp_path):
+    (tmp_path/'s.json').write_bytes(json.dumps(SPEC).replace('small', 'größer').encode('latin-1'))
+    assert "is not the JSON of a sweep: 'utf-8' codec can't decode" in refused(capsys, tmp_path/'s.json')
+
+def test_reader_that_leaves(root, tmp_path):
+    "`dsb sweep FILE | head -1` does all runs"
+    file = write(tmp_path, SPEC | dict(common=SPEC['common'] | dict(epochs=1, batch_size=100)))
+    p = start(root, file, '--only', 'label=small,blocks')
+    p.stdout.readline(); p.stdout.close()
+    assert (p.stderr.read(), p.wait(timeout=120)) == ('', 0)
+    assert set(results(file)) == {'small', 'blocks'}
+
+def test_folder_of_another_dsb(capsys, tmp_path):
+    "A folder of a run whose config cannot be read is named, with what to do"
+    file = write(tmp_path)
+    folder = tmp_path/'s.runs/small-sparsity0.8-seed1'; folder.mkdir(parents=True); (folder/'last.pt').touch()
+    for content in (None, b'{', b'[]', b'\xff'):
+        if content: (folder/'config.json').write_bytes(content)
+        assert f'{folder}/config.json cannot be read' in refused(capsys, file)
+
+def test_waits_for_one_that_is_saving(tmp_path):
+    "The process of a sweep that was killed may still be saving: the next one waits for the folder"
+    import threading
+    from dsb.sweep import Sweep, make_trainer
+    from dsb.train import Claim
+    run = Sweep(write(tmp_path)).runs[1]
+    claim = Claim(tmp_path/'r')
+    threading.Timer(1, claim.release).start()
+    began = time.monotonic()
+    assert make_trainer(run.config, tmp_path/'r').out == tmp_path/'r' and time.monotonic() - began > .9
+
+def test_results_that_are_none(capsys, tmp_path):
+    "Whatever is wrong with the file of results is said in one line"
+    file = write(tmp_path)
+    (tmp_path/'folder').mkdir(); (tmp_path/'list.jsonl').write_bytes(b'{"run": {"label": ["a"]}}\n')
+    for out, says in (('folder', 'cannot be read (Is a directory): give another --out'), ('list.jsonl', 'line 1 is no line of a sweep')):
+        for more in [], ['--list'], ['--table']: assert says in refused(capsys, file, '--out', tmp_path/out, *more)

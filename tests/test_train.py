@@ -66,8 +66,8 @@ def test_interrupted_twice(root, whole, tmp_path):
     assert torch.load(out/'last.pt', weights_only=True)['epoch'] == 2
     assert end(start(root, '--resume', out/'last.pt')) == (0, '')
     assert_same(whole, out)
-    assert len((out/'metrics.jsonl').read_text().splitlines()) == 3
-    a, b = (json.loads((f/'summary.json').read_text()) for f in (whole, out))
+    assert len((out/'metrics.jsonl').read_text(encoding='utf-8').splitlines()) == 3
+    a, b = (json.loads((f/'summary.json').read_text(encoding='utf-8')) for f in (whole, out))
     assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
 
 def test_killed(root, whole, tmp_path):
@@ -93,7 +93,7 @@ def test_two_processes(root, tmp_path):
     assert p.returncode == 0, p.stderr
     assert p.stdout.count('epoch 2/2') == 1
     assert end(start(root, *run, one)) == (0, '')
-    a, b = ([json.loads(l) for l in (f/'metrics.jsonl').read_text().splitlines()] for f in (one, two))
+    a, b = ([json.loads(l) for l in (f/'metrics.jsonl').read_text(encoding='utf-8').splitlines()] for f in (one, two))
     assert [r['step'] for r in a] == [r['step'] for r in b] and a[0]['updates'][0]['net_changed'] > 0
     for x, y in zip(a, b): assert abs(x['train_loss'] - y['train_loss']) < .05 and abs(x['test_loss'] - y['test_loss']) < .05
     ck = torch.load(two/'last.pt', weights_only=True)
@@ -116,3 +116,52 @@ def test_bar_in_a_terminal(root, tmp_path):
     bar = seen.decode(errors='ignore')
     assert p.returncode == 0 and out.count('\nepoch ') == 2
     assert 'loss' in bar and 'acc' in bar and ('step/s' in bar or 's/step' in bar) and '<' in bar
+
+SMALL = ('--data_set digits --model lenet300-100 --method dsb --T 1 --epochs 3 --batch_size 32 --n_train 128 --n_test 32 '
+         '--device cpu --print_freq 1').split()
+
+def test_reader_that_leaves(root, tmp_path):
+    "Whoever reads the lines of a run may go at any time: it trains on to its end, without a word about it"
+    p = start(root, *SMALL, '--out', tmp_path/'run')
+    until(p, 'step      3')
+    p.stdout.close()
+    assert (p.stderr.read(), p.wait(timeout=120)) == ('', 0)
+    assert len((tmp_path/'run/metrics.jsonl').read_bytes().splitlines()) == 3 and (tmp_path/'run/masks.png').exists()
+
+def test_reader_that_leaves_a_notebook(tmp_path, monkeypatch):
+    "The same for a `Trainer` that nobody wraps in a command"
+    from dsb.train import Trainer, TrainConfig
+    r, w = os.pipe(); os.close(r)
+    with os.fdopen(w, 'w') as out:
+        monkeypatch.setattr('sys.stdout', out)
+        config = TrainConfig(model='lenet300-100', epochs=2, n_train=128, n_test=32, batch_size=32)
+        assert Trainer(config, tmp_path/'r').fit()['epochs'] == 2
+        monkeypatch.undo()
+        with open(os.devnull, 'w') as null: os.dup2(null.fileno(), w)    # what is still in the buffer
+
+def test_started_together(root, tmp_path):
+    "Three runs that start at once, of which nobody says where to, get a folder each"
+    env, pipe = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), subprocess.PIPE
+    words = [sys.executable, root/'main.py', *SMALL]
+    ps = [subprocess.Popen(words, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    assert [end(p) for p in ps] == [(0, '')]*3
+    name = 'digits-lenet300-100-dsb-s0.9-b16-T1-seed0'
+    assert {p.name for p in (tmp_path/'runs').iterdir()} == {name, name + '-2', name + '-3'}
+    assert all((p/'summary.json').exists() for p in (tmp_path/'runs').iterdir())
+
+def test_folder_of_a_live_run(root, tmp_path):
+    "Refused while the run is going on, and free as soon as it is gone, however it went"
+    out = tmp_path/'a run'
+    argv = [*RUN, '--epochs', 50, '--out', out, '--print_freq', 1]
+    p = start(root, *argv)
+    until(p, 'step     12')
+    for other in (['--resume', out], argv):
+        status, err = end(start(root, *other))
+        assert status == 2 and err.count('\n') == 1
+        assert 'in use by a run that is going on' in err or 'already holds a run' in err
+    p.kill(); p.communicate()
+    q = start(root, '--resume', out)
+    until(q, 'step ')
+    q.send_signal(signal.SIGTERM)
+    status, err = end(q)
+    assert status == 143 and f"--resume '{out}'" in err
