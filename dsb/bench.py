@@ -141,7 +141,7 @@ def noise(
 # %% ../nbs/20_bench.ipynb #1c935578
 def processor()->str:
     "Name of the processor, as the system tells it"
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
     except OSError: lines = []
     return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')), platform.processor() or platform.machine())
 
@@ -157,7 +157,7 @@ def machine()->dict: # everything JSON can hold
     "Where and with what this was measured"
     from datetime import datetime
     from dsb import __version__
-    try: setting = Path('/sys/kernel/mm/transparent_hugepage/enabled').read_text()
+    try: setting = Path('/sys/kernel/mm/transparent_hugepage/enabled').read_text(encoding='utf-8')
     except OSError: setting = ''
     return dict(processor=processor(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
                 threads=torch.get_num_threads(), system=f'{platform.system()} {platform.machine()}', python=platform.python_version(),
@@ -450,7 +450,7 @@ def _no_stderr():
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with open(os.devnull, 'w') as f: os.dup2(f.fileno(), 2)
+        with open(os.devnull, 'w', encoding='utf-8') as f: os.dup2(f.fileno(), 2)
         yield
     finally: os.dup2(kept, 2); os.close(kept)
 

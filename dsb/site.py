@@ -463,7 +463,7 @@ def build(
     if dest.exists() and any(dest.iterdir()) and not (dest/'sitemap.xml').exists(): raise ValueError(f'{dest} holds files that are no site; name another folder')
     with tempfile.TemporaryDirectory() as tmp:
         write_pages(p, tmp)
-        r = subprocess.run([sys.executable,'-m','zensical','build','--strict','-f',f'{tmp}/zensical.toml'], capture_output=True, text=True)
+        r = subprocess.run([sys.executable,'-m','zensical','build','--strict','-f',f'{tmp}/zensical.toml'], capture_output=True, encoding='utf-8', errors='replace')
         if r.returncode: raise RuntimeError(f'zensical failed:\n{r.stdout}{r.stderr}')
         shutil.rmtree(dest, ignore_errors=True)
         shutil.copytree(Path(tmp)/'site', dest)

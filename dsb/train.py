@@ -409,7 +409,7 @@ def _check_parts(ck):
 def _one_line(what):
     "Turn an error into a ValueError that says it in one line"
     try: yield
-    except ValueError: raise
+    except ValueError as e: raise ValueError(f"{what}: {e}") from e
     except Exception as e:
         says = ' '.join(' '.join(str(e).splitlines()[:2]).split())
         raise ValueError(f"{what}: {type(e).__name__}: {says}") from e
