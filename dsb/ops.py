@@ -108,7 +108,10 @@ class _Known:
 
 # %% ../nbs/10_ops.ipynb #fd4bab67
 @patch
-def compare(self:_Known, tensors):
+def compare(
+    self:_Known,
+    tensors, # as in `holds`: the tensors of the structure, the one it is known under last
+):
     "The same question where there are no native kernels, or the tensors have moved"
     if not all(o.is_cpu for o in tensors):   # reading them would hold up the device: believe torch's counter
         return all(o.data_ptr()==a.data_ptr() and o.shape==a.shape for o,a in zip(tensors, self.alias)) and \
