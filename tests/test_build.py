@@ -55,7 +55,7 @@ def test_no_home(home, tmp_path):
 
 def test_pictures_without_home(tmp_path):
     "matplotlib fails at its import where there is no home; here it gets one"
-    code = nobody+'import os; from dsb.plot import plot_lr\nplot_lr({"a": [1., 2.]}).savefig("/dev/null", format="png")\n' \
+    code = nobody+'import os; from dsb.training.plot import plot_lr\nplot_lr({"a": [1., 2.]}).savefig("/dev/null", format="png")\n' \
                   'print(os.environ["MPLCONFIGDIR"])'
     for home in (None, '/proc/self'):
         tmp = tmp_path/str(len(home or '')); tmp.mkdir()
@@ -64,7 +64,7 @@ def test_pictures_without_home(tmp_path):
         assert (status, err)==(0, '') and Path(out).parent.parent==tmp
 
 def test_data_cache_without_home(tmp_path, monkeypatch):
-    from dsb.data import cached
+    from dsb.training.data import cached
     import torch
     (tmp_path/'tmp').mkdir()
     for k in ('DSB_CACHE','XDG_CACHE_HOME'): monkeypatch.delenv(k, raising=False)

@@ -98,7 +98,7 @@ def test_method(options, method, block_size, capsys, tmp_path):
 def test_original_options():
     "Each option of the two original commands, with its spelling and default"
     from dsb.cli import _options, _parse, options_to_config, train_parser
-    from dsb.train import TrainConfig
+    from dsb.training.train import TrainConfig
     words = ('--data_dir d --model vgg-d --epochs 3 --start-epoch 1 -b 7 --lr .2 --momentum .8 --weight-decay .1 --resume r --cuda 1 --sparsity .8 --T_end 9 '
              '--T 5 --alpha .2 --block_size 8 --data_set cifar100 --static_update y').split()
     given = vars(_parse(train_parser(), words))
@@ -120,7 +120,7 @@ def test_original_options():
 def test_documented_commands(recipe, words):
     "The commands of the original's README, word by word"
     from dsb.cli import _parse, options_to_config, train_parser
-    from dsb.train import TrainConfig, end_of_updates
+    from dsb.training.train import TrainConfig, end_of_updates
     words = words.split()
     c = TrainConfig(**options_to_config(vars(_parse(train_parser(recipe), words)), recipe))
     assert c.method == 'dsb' and c.recipe == recipe and c.epochs == {'cifar': 160, 'imagenet': 105}[recipe]
@@ -186,13 +186,13 @@ def test_default_folder(tmp_path, monkeypatch, capsys):
 
 def test_nothing_is_left(tmp_path, monkeypatch, capsys):
     "A run that fails before its first step leaves no folder of its own, and hides no error"
-    from dsb.data import DataError
+    from dsb.training.data import DataError
     monkeypatch.chdir(tmp_path)
     ends(capsys, 2, ['train', *QUICK, '--n_train', '1'])
     ends(capsys, 2, ['train', *QUICK, '--out', 'a/b/c', '--n_train', '1'])
     ends(capsys, 2, ['train', *QUICK, '--out', 'a/' + 'long'*99])
     def broken(self): raise DataError('x.png is broken')
-    monkeypatch.setattr('dsb.train.Trainer.train_epoch', broken)
+    monkeypatch.setattr('dsb.training.train.Trainer.train_epoch', broken)
     for out in [], ['--out', 'a/b/c']: assert 'x.png is broken' in ends(capsys, 2, ['train', *QUICK, *out])
     assert not list(tmp_path.iterdir())
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/probe').write_text('mine')
@@ -212,7 +212,7 @@ def test_filled_parent(tmp_path, monkeypatch, capsys):
 
 def test_folder_in_use(run, tmp_path, capsys):
     "A folder of a run that is going on is refused to others that would write to it, and to nobody else"
-    from dsb.train import Claim
+    from dsb.training.train import Claim
     live = tmp_path/'live run'
     shutil.copytree(run, live)
     claim = Claim(live, resume=True)
@@ -292,7 +292,7 @@ def test_resume_foreign(kind, says, run, tmp_path, capsys):
 
 def test_nan(capsys, tmp_path, monkeypatch):
     "A loss that is not finite: status 1, the step named, the last good checkpoint kept"
-    from dsb.train import Trainer
+    from dsb.training.train import Trainer
     step = Trainer.train_step
     def spoilt(self, x, y):
         if self.step == 3: next(self.model.parameters()).data.fill_(math.nan)
@@ -339,8 +339,8 @@ def test_show(run, capsys):
     assert 'no checkpoint at' in ends(capsys, 2, ['show', run/'nothing'])
 
 def test_export(run, capsys, tmp_path):
-    from dsb.data import load_data
-    from dsb.models import create_model
+    from dsb.training.data import load_data
+    from dsb.training.models import create_model
     assert main(['export', str(run)]) == 0
     assert str(run/'dense.pt') in capsys.readouterr().out
     model = create_model('lenet300-100', num_classes=10, image_size=32, in_channels=1)
@@ -406,7 +406,7 @@ def test_unreadable(run, tmp_path, capsys):
 
 def test_show_where_nothing_can_be_written(run, capsys, monkeypatch):
     def refuse(*args): raise OSError(30, 'Read-only file system')
-    monkeypatch.setattr('dsb.train.os.replace', refuse)
+    monkeypatch.setattr('dsb.training.train.os.replace', refuse)
     assert main(['show', str(run)]) == 0
     out = capsys.readouterr().out
     assert 'blocks of 16' in out and f'nothing drawn: {run} cannot be written to (Read-only file system)' in out

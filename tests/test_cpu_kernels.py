@@ -10,7 +10,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from dsb.kernels import build, cpu, norm
 from dsb.kernels.reference import ConvArgs
-from dsb.structure import ShuffledBlocks
+from dsb.structure.blocks import ShuffledBlocks
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')

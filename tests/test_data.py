@@ -7,8 +7,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dsb.data import DataError, batch_bounds, cache_dir, dataset_info, dataset_names, load_data
-from dsb.glyphs import make_glyphs
+from dsb.training.data import DataError, batch_bounds, cache_dir, dataset_info, dataset_names, load_data
+from dsb.training.glyphs import make_glyphs
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -266,7 +266,7 @@ def test_digits():
     assert len(train & test)==0
     assert load_data('digits', n_train=100, n_test=50).n_test==50
 
-CODE = "import torch,hashlib; torch.set_num_threads({}); from dsb.glyphs import make_glyphs; x,y=make_glyphs(500,3,'test'); print(hashlib.md5(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())"
+CODE = "import torch,hashlib; torch.set_num_threads({}); from dsb.training.glyphs import make_glyphs; x,y=make_glyphs(500,3,'test'); print(hashlib.md5(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())"
 
 def test_glyphs_same_in_every_process():
     x,y = make_glyphs(500, 3, 'test')

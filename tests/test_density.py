@@ -7,9 +7,9 @@ import pytest, torch
 from torch import nn
 from hypothesis import given, settings, strategies as st
 
-from dsb.density import budgets, erk
-from dsb.extract import extract_blocks
-from dsb.models import create_model
+from dsb.structure.density import budgets, erk
+from dsb.structure.extract import extract_blocks
+from dsb.training.models import create_model
 
 NETWORKS = ['alexnet-s', 'alexnet-b', 'vgg-c', 'vgg-d', 'vgg-like', 'wrn-22-2', 'wrn-28-2', 'wrn-22-8', 'wrn-16-8',
             'wrn-16-10', 'ResNet18', 'ResNet34', 'ResNet50', 'mlp', 'lenet5', 'lenet300-100']

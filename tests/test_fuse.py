@@ -2,7 +2,7 @@
 import copy, io, os, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 import dsb
-from dsb.models import create_model
+from dsb.training.models import create_model
 
 def network(name, sparse, seed=0):
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def test_copies():
     f = io.BytesIO()
     torch.save(model, f); f.seek(0)
     loaded = torch.load(f, weights_only=False)
-    assert type(loaded.group1[0]).__module__=='dsb.models' and '_unfused' not in dir(loaded.group1[0])
+    assert type(loaded.group1[0]).__module__=='dsb.training.models' and '_unfused' not in dir(loaded.group1[0])
     x,_ = batch()
     assert far(loaded.eval()(x), model.eval()(x))<1e-4
     assert far(dsb.densify(model)(x), model(x))<1e-4
@@ -79,7 +79,7 @@ def test_without_compiler(tmp_path):
     "One warning, and torch's own operations"
     code = '''
 import warnings, torch, dsb
-from dsb.models import create_model
+from dsb.training.models import create_model
 with warnings.catch_warnings(record=True) as w:
     warnings.simplefilter('always')
     model = dsb.fuse(dsb.sparsify(create_model('wrn-10-2'), .7, 16)).to(memory_format=torch.channels_last)

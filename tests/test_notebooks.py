@@ -2,7 +2,7 @@
 import os, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 import pytest
-from dsb.site import Project, read_cells, symbols
+from dsb.dev.site import Project, read_cells, symbols
 
 project = Project(os.path.dirname(__file__))
 notebooks = project.notebooks()
@@ -69,7 +69,7 @@ def test_plots_are_stored(nb):
     plots = re.compile(r'^(?:plt\.\w|\w*\.?(?:show|plot)\w*\(|\w+\.(?:plot|imshow|bar|hist)\()')
     shown = [c for c in read_cells(nb) if c.code and not c.hidden and not c.exported and c.source and plots.match(c.source.splitlines()[-1])]
     bare = [c.source for c in shown if not any('image/png' in o.get('data', {}) for o in c.outputs)]
-    assert not bare, f'no picture stored; run `python -m dsb.site refresh {nb.name}`: {bare}'
+    assert not bare, f'no picture stored; run `python -m dsb.dev.site refresh {nb.name}`: {bare}'
 
 INHERITED = 'forward','extra_repr'   # torch says what these are
 

@@ -3,8 +3,8 @@ import math
 import numpy as np, pytest, torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
-from dsb.extract import extract_blocks
-from dsb.rules import Collector, paper
+from dsb.structure.extract import extract_blocks
+from dsb.structure.rules import Collector, paper
 
 def blocks_of(s):
     "[(rows, columns)] of each block, in stored order"

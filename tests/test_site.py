@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
-from dsb.site import Project, build, main, page_name, readme, symbols, read_cells
+from dsb.dev.site import Project, build, main, page_name, readme, symbols, read_cells
 
 project = Project(os.path.dirname(__file__))
 needs_zensical = pytest.mark.skipif(not (find_spec('zensical') and find_spec('latex2mathml')), reason="no zensical here: pip install -e '.[site]'")
@@ -74,7 +74,7 @@ def test_readme_in_sync():
     files = readme(project.root, write=False)
     differ = [str(f.relative_to(project.root)) for f,data in files.items() if not f.exists() or f.read_bytes()!=data]
     stale = [str(f.relative_to(project.root)) for f in (project.nbs/'images').glob('readme-*') if f not in files]
-    assert not differ+stale, f'run `python -m dsb.site readme` and commit the result; not as the index has it: {differ+stale}'
+    assert not differ+stale, f'run `python -m dsb.dev.site readme` and commit the result; not as the index has it: {differ+stale}'
 
 def test_readme_and_ci_test_alike():
     command = (project.root/'.ci/run').read_text().rstrip().splitlines()[-1]
@@ -84,7 +84,7 @@ def test_failing_notebook_is_left_as_it_was(small):
     f = small/'nbs/03_bad.ipynb'
     f.write_text(json.dumps(dict(cells=[dict(code('1/0', text_plain='old'), id='a')], metadata={}, nbformat=4, nbformat_minor=5)))
     before = f.read_bytes()
-    r = subprocess.run([sys.executable,'-m','dsb.site','refresh',f], cwd=project.root, capture_output=True, text=True)
+    r = subprocess.run([sys.executable,'-m','dsb.dev.site','refresh',f], cwd=project.root, capture_output=True, text=True)
     assert r.returncode==1 and 'ZeroDivisionError in' in r.stderr
     assert f.read_bytes()==before
 

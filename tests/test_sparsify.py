@@ -57,7 +57,7 @@ def test_hooks_stay():
 @pytest.mark.parametrize('name,B', [('wrn-22-2',16), ('vgg-d',16)])
 def test_memory_is_compact(name, B):
     "Parameters, gradients and momentum of the linear and convolution weights at sparsity 0.9, beside the dense ones"
-    from dsb.models import create_model
+    from dsb.training.models import create_model
     def state_bytes(model, opt):
         layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, dsb.layers.SparseLayer))]
         weights = [getattr(m, 'values', None) if isinstance(m, dsb.layers.SparseLayer) else m.weight for m in layers]

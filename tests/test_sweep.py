@@ -3,7 +3,7 @@ import contextlib, io, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from dsb.cli import main
-from dsb.sweep import read_lines
+from dsb.training.sweep import read_lines
 
 SPEC = {'common': dict(model='lenet300-100', data_set='digits', n_train=200, n_test=100, batch_size=10, lr=.02, epochs=15, eval_every=6, T=20, device='cpu'),
         'methods': {'wild': dict(method='dense', lr=1e30), 'small': dict(method='small-dense'), 'blocks': dict(method='dsb', block_size=16)},
@@ -42,7 +42,7 @@ def workers(file):
     for p in Path('/proc').glob('[0-9]*/cmdline'):
         try: words = p.read_bytes()
         except OSError: continue
-        if b'dsb.sweep' in words and str(file.parent).encode() in words: found.append(p)
+        if b'dsb.training.sweep' in words and str(file.parent).encode() in words: found.append(p)
     return found
 
 def results(file):
@@ -197,8 +197,8 @@ def test_folder_of_another_dsb(capsys, tmp_path):
 def test_waits_for_one_that_is_saving(tmp_path):
     "The process of a sweep that was killed may still be saving: the next one waits for the folder"
     import threading
-    from dsb.sweep import Sweep, make_trainer
-    from dsb.train import Claim
+    from dsb.training.sweep import Sweep, make_trainer
+    from dsb.training.train import Claim
     run = Sweep(write(tmp_path)).runs[1]
     claim = Claim(tmp_path/'r')
     threading.Timer(1, claim.release).start()

@@ -1,7 +1,7 @@
 "The modules are what the notebooks export, and the notebooks are clean: on a scratch copy, exporting and cleaning change nothing"
 import os, shutil, subprocess, sysconfig
 from pathlib import Path
-from dsb.site import Project
+from dsb.dev.site import Project
 
 project = Project(os.path.dirname(__file__))
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 import dsb
-from dsb.bench import wither
-from dsb.rules import RULES, Collector, confirm_drops
+from dsb.bench.timing import wither
+from dsb.structure.rules import RULES, Collector, confirm_drops
 
 @st.composite
 def layers(draw):

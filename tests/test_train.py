@@ -130,7 +130,7 @@ def test_reader_that_leaves(root, tmp_path):
 
 def test_reader_that_leaves_a_notebook(tmp_path, monkeypatch):
     "The same for a `Trainer` that nobody wraps in a command"
-    from dsb.train import Trainer, TrainConfig
+    from dsb.training.train import Trainer, TrainConfig
     r, w = os.pipe(); os.close(r)
     with os.fdopen(w, 'w') as out:
         monkeypatch.setattr('sys.stdout', out)

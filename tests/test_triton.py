@@ -133,7 +133,7 @@ def test_as_exact_as_dense(dtype):
 @needs_gpu
 def test_graph_follows_the_structure():
     "A captured step sees a structure that is replaced in place, and nothing waits for the device"
-    from dsb.extract import extract_blocks
+    from dsb.structure.extract import extract_blocks
     torch.manual_seed(0)
     l,x = dsb.SparseConv2d.from_dense(nn.Conv2d(16,32,3, padding=1), extract_blocks(torch.rand(32,144), 6, 16)).to(DEVICE),torch.randn(32,16,8,8, device=DEVICE, requires_grad=True)
     def f():

@@ -1,7 +1,7 @@
 "Freed memory is kept, by the commands and by `dsb.tune()`, in processes of their own: the setting is for a whole process"
 import json, os, subprocess, sys
 import pytest
-from dsb.tune import _libc_name, left_alone
+from dsb.training.tune import _libc_name, left_alone
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_') and k not in ('GLIBC_TUNABLES', 'LD_PRELOAD')}
 QUICK = '--data_set digits --model lenet300-100 --epochs 1 --batch_size 64 --n_train 128 --n_test 64 --device cpu'.split()
@@ -20,7 +20,7 @@ def says(root, code, **env):
 
 LOOP = '''
 import resource, torch, dsb
-from dsb.tune import tuned
+from dsb.training.tune import tuned
 def faults(bytes=32 << 20, times=20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times): torch.ones(bytes//4)
@@ -76,7 +76,7 @@ print(a, b, rss())
     assert kept - before > 60000 and after - before < 6000   # in pages; 65536 are 256 MB
 
 def test_needs_no_torch(root):
-    alone = "import sys, types; m = types.ModuleType('dsb'); m.__path__ = ['dsb']; sys.modules['dsb'] = m; from dsb.tune import tune; tune(); assert 'torch' not in sys.modules"
+    alone = "import sys, types; m = types.ModuleType('dsb'); m.__path__ = ['dsb']; sys.modules['dsb'] = m; from dsb.training.tune import tune; tune(); assert 'torch' not in sys.modules"
     assert says(root, alone) == []
 
 # The commands

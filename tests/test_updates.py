@@ -6,9 +6,9 @@ import copy, os
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from dsb.extract import extract_blocks
+from dsb.structure.extract import extract_blocks
 from dsb.layers import SparseConv2d, SparseLinear
-from dsb.rules import RULES
+from dsb.structure.rules import RULES
 from dsb.topology import Updater
 
 CASES = settings(max_examples=int(os.environ.get('DSB_CASES', 60)), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
