@@ -306,9 +306,9 @@ def show_command(
     "Print a run's epochs and layers; draw its pictures anew"
     args = _parse(_run_parser('show', show_command.__doc__), argv)
     try:
-        from dsb.training.train import _one_line, load_checkpoint
+        from dsb.training.train import one_line, load_checkpoint
         path, ck = load_checkpoint(args.run)
-        with _one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
+        with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
     except ValueError as e: fail(e)
     print(shown)
     return 0
@@ -346,12 +346,12 @@ def export_command(
     p.add_argument('--out', metavar='FILE', help='where to write; default dense.pt in the folder of the run')
     args = _parse(p, argv)
     try:
-        from dsb.training.train import _one_line, load_checkpoint
+        from dsb.training.train import one_line, load_checkpoint
         best = Path(args.run)/'best.pt'
         path, ck = load_checkpoint(best if os.path.exists(best) else args.run)
         out = Path(args.out or path.parent/'dense.pt')
         if os.path.isdir(out): raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
-        with _one_line(f"{path} cannot be exported"): _export(ck, out)
+        with one_line(f"{path} cannot be exported"): _export(ck, out)
     except ValueError as e: fail(e)
     print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}. To load it:")
     print(textwrap.indent(_loading(ck, out), '  '))

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
 from .kernels.reference import fits
-from .ops import _conv_args, _looks, less_wanted, operator, picked, recall, reveal, structure_of
+from .ops import conv_args, outline, less_wanted, operator, picked, recall, reveal, structure_of
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -61,7 +61,7 @@ def _plain(bn, x, residual=None, relu=False):
 
 def _native()->bool:
     "Are the native kernels there? Asking builds them"
-    return not (kernels._library()[1] or cpu._library()[1])
+    return not (kernels.native()[1] or cpu.native()[1])
 _native._dynamo_marked_constant = True   # what torch.compiler.assume_constant_result does, without importing the compiler
 
 def _is_just(m, kind)->bool:
@@ -111,14 +111,14 @@ def _update(bn, stats, n):
 def _norm_conv2d(x:Tensor, weight:Tensor|None, bias:Tensor|None, values:Tensor, conv_bias:Tensor|None, mean:Tensor|None, var:Tensor|None, eps:float,
                  rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None, B:int, O:int, K:int,
                  kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int)->tuple[Tensor,Tensor]:
-    s,a = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum),_conv_args(kernel_size, stride, padding, dilation, groups)
+    s,a = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum),conv_args(kernel_size, stride, padding, dilation, groups)
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
     return cpu.norm_conv2d(x, stats, values, conv_bias, s, a),stats
 
 @_norm_conv2d.register_fake
 def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols, checksum, B, O, K, kernel_size, stride, padding, dilation, groups, key):
-    a = _conv_args(kernel_size, stride, padding, dilation, groups)
-    fits(x, values, conv_bias, _looks(cols, B, O, K), a)
+    a = conv_args(kernel_size, stride, padding, dilation, groups)
+    fits(x, values, conv_bias, outline(cols, B, O, K), a)
     return x.new_empty(x.shape[0], O, *a.out_size(*x.shape[2:])).to(memory_format=torch.channels_last),x.new_empty(4, x.shape[1])
 
 # %% ../nbs/05_fuse.ipynb #448f281e
@@ -126,7 +126,7 @@ def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols,
 def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None,
                           B:int, O:int, K:int, kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
                           eps:float, batch:bool, need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
-    s,a = recall((rows, group_ptr, cols), B, (O,K), groups, checksum),_conv_args(kernel_size, stride, padding, dilation, groups)
+    s,a = recall((rows, group_ptr, cols), B, (O,K), groups, checksum),conv_args(kernel_size, stride, padding, dilation, groups)
     dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and less_wanted(key, len(x)))
     if need_values and key: dv = reveal(key, dy, lambda n: kernels.norm(x[:n], stats, None, True), dv, s, a)
     grads = kernels.norm_finish(dx, x, None, stats, sums, eps, False, batch, dx if need_x else None, None)

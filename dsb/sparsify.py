@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
-from .structure.density import Budget, budgets, one_of
-from .layers import SparseLayer, SparseLinear, SparseConv2d, _autocast, _passing
+from .structure.density import Budget, budgets
+from .core import one_of
+from .layers import SparseLayer, SparseLinear, SparseConv2d, to_autocast, passing
 from .ops import why_not
 
 # %% ../nbs/03_sparsify.ipynb #d0dca3a4
@@ -68,7 +69,7 @@ _tensors = {'weight','bias','values','rows','group_ptr','cols','flat','checksum'
 def _extras(m)->list: # names
     "What somebody has hung on a layer"
     inside = [k for d in (m._parameters, m._buffers, m._modules) for k in d if k not in _tensors or k in m._modules]
-    return inside + [k for k in m.__dict__ if k not in _standard and k not in _passing]
+    return inside + [k for k in m.__dict__ if k not in _standard and k not in passing]
 
 # %% ../nbs/03_sparsify.ipynb #760fb81c
 def _kept(
@@ -211,7 +212,7 @@ def _row(name, m, reasons):
     if not isinstance(m, SparseLayer): return Row(name, tuple(m.weight.shape), m.weight.numel(), m.weight.numel(), 'dense', note=reasons.get(name,''))
     s,size = m.structure,torch.Size(m.weight_shape).numel()
     if not m.block_size: return Row(name, m.weight_shape, s.nnz, size, 'single entries', note='computed through the dense weight')
-    who,why = why_not(_autocast(m.values[:0])[0], s, getattr(m,'args',None))
+    who,why = why_not(to_autocast(m.values[:0])[0], s, getattr(m,'args',None))
     return Row(name, m.weight_shape, s.nnz, size, f'blocks of {m.block_size}', s.n_blocks, who, why)
 
 def _others(model)->dict:

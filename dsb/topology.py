@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from .structure.blocks import Structure
 from .structure.rules import RULES, Collector, entries
-from .structure.density import one_of
+from .core import one_of
 from .structure.schedule import drop_fraction, is_update
 from .sparsify import sparse_layers, unwrapped
 

@@ -232,6 +232,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv1,self.conv2,self.conv3 = (nn.Conv2d(c,c,3,padding=1,bias=i>0) for i in range(3))
         self.bn1,self.bn2,self.bn3,self.bn4 = (nn.BatchNorm2d(c) for _ in range(4))
+        for o in (self.bn1,self.bn2,self.bn3,self.bn4): nn.init.uniform_(o.bias, .2, .8)   # where all inputs are alike, off the kink of ReLU
         self.pool,self.relu = nn.MaxPool2d(2),nn.ReLU()
     def forward(self, x):
         y = self.conv2(self.relu(self.bn1(self.conv1(x))))

@@ -97,7 +97,7 @@ def test_file_of_another_user(cache):
 def test_unwritable_but_whole(cache, monkeypatch):
     "A library that is there is loaded from a folder that can only be read"
     assert made()[0]==41
-    monkeypatch.setattr(build, '_private', lambda folder: pytest.fail('nothing needs to be written'))
+    monkeypatch.setattr(build, 'private_folder', lambda folder: pytest.fail('nothing needs to be written'))
     assert made()==(41, '')
 
 # ---------------------------------------------------------------- damaged and killed

@@ -14,7 +14,7 @@ from dsb.structure.blocks import ShuffledBlocks
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    no_library = cpu._library()[1]
+    no_library = cpu.native()[1]
 pytestmark = pytest.mark.skipif(bool(no_library) and 'compiler on PATH' in no_library, reason=no_library or 'never')
 CL = torch.channels_last
 
@@ -224,7 +224,7 @@ for i,(B,k,st,cl) in enumerate([(8,3,1,0),(16,3,1,1),(16,3,2,1),(32,1,1,0),(64,3
     assert e<1e-4, ('norm', B, k, st, e)
     for r in range(8): assert t.check_norm(3, 20+13*i, 5, 6, i, bool(r&1), bool(r&2), bool(r&4))<1e-4
     assert t.check_pool(2, 20+13*i, 9, 8, (3,3), (2,2), (1,1), i)<1e-4 and t.check_pool(2, 33, 8, 8, (2,2), (2,2), (0,0), i)<1e-4
-print('lanes', cpu._library()[0].dsb_lanes())
+print('lanes', cpu.native()[0].dsb_lanes())
 '''
 x86 = pytest.mark.skipif(not any(o in build.platform.machine() for o in ('x86','AMD')), reason='x86 flags')
 @x86
@@ -239,7 +239,7 @@ def test_flags(flags, lanes, feature, tmp_path):
 def test_builds_at_once(tmp_path):
     "Three processes start on an empty cache; a fourth finds the library"
     env = dict(DSB_CACHE=str(tmp_path/'new'/'folder'))
-    ps = [run('assert not cpu._library()[1]; assert t.check(2,16,16,5,5,8,ConvArgs((3,3)),.5,0)<1e-5', **env) for _ in range(3)]
+    ps = [run('assert not cpu.native()[1]; assert t.check(2,16,16,5,5,8,ConvArgs((3,3)),.5,0)<1e-5', **env) for _ in range(3)]
     for p in ps: assert p.communicate() and p.returncode==0
     assert [o.suffix for o in (tmp_path/'new'/'folder').iterdir()]==['.so']
     p = run('cpu.check()', **env)
@@ -262,7 +262,7 @@ with warnings.catch_warnings(record=True) as w:
 
 def test_failing_compiler(tmp_path):
     "One warning, with the compiler's first error"
-    p = run('print(cpu._library()[1]); cpu._library()', DSB_CXXFLAGS='-march=nonsense', DSB_CACHE=str(tmp_path))
+    p = run('print(cpu.native()[1]); cpu.native()', DSB_CXXFLAGS='-march=nonsense', DSB_CACHE=str(tmp_path))
     out,err = p.communicate()
     assert p.returncode==0 and 'nonsense' in out and not list(tmp_path.glob('*.so'))
 

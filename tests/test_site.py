@@ -46,7 +46,7 @@ def test_readme_of_a_small_project(small):
     stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(b'old')
     readme(small)
-    assert (small/'README.md').read_text()=='''<!-- Made by `python -m plane.site readme` from nbs/index.ipynb: edit there. -->
+    assert (small/'README.md').read_text()=='''<!-- Made by `python -m plane.dev.site readme` from nbs/index.ipynb: edit there. -->
 
 # plane
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from contextlib import contextmanager
 from torch import nn
-from .timing import (_FORMATS, _ms, _say, _table, _times, _whole, PRODUCTS, Layer, bsr_weight, dense_products, ends, filled, flop_share,
+from ..core import say, text_table, whole_file
+from .timing import (FORMATS, as_ms, as_ratio, PRODUCTS, Layer, bsr_weight, dense_products, ends, filled, flop_share,
                        interleave, numbers, parse_layer, random_structure, sparse_products, spread, warm_up, words, writable)
 from ..training.models import create_model, layer_macs
-from ..ops import _module, why_not
+from ..ops import backend_module, why_not
 from ..sparsify import sparsify
 
 # %% ../../nbs/bench/05_gpu.ipynb #48805c62
@@ -123,7 +124,7 @@ def gpu_tensors(
     rand = lambda *shape: torch.randn(shape, generator=g, device=device, dtype=dtype)
     v = rand(len(s.cols), s.block_size)
     if layer.args is None: return rand(layer.batch, layer.I),rand(layer.batch, layer.O),v,s.scatter(v)
-    fit = lambda t: t.contiguous(memory_format=_FORMATS[fmt])
+    fit = lambda t: t.contiguous(memory_format=FORMATS[fmt])
     x,dy = rand(layer.batch, layer.I, layer.size, layer.size),rand(layer.batch, layer.O, *layer.args.out_size(layer.size, layer.size))
     return fit(x),fit(dy),v,fit(s.scatter(v).view(layer.O, -1, *layer.args.kernel_size))
 
@@ -164,13 +165,13 @@ def layer_turns(
             x,dy,v,w = gpu_tensors(layer, s, fmt, device, dtype)
             name,reason = why_not(x, s, layer.args)
             if reason: notes.append(f'{layer.text}: the sparse side is plain torch: {reason}')
-            fns |= {('sparse',(d,fmt),p):f for p,f in sparse_products(_module(name), layer, x, v, dy, s).items()}
+            fns |= {('sparse',(d,fmt),p):f for p,f in sparse_products(backend_module(name), layer, x, v, dy, s).items()}
         fns |= {('plain',d,p):f for p,f in sparse_products(reference, layer, x, v, dy, s).items()}
         if layer.args is None:
             try: fns |= {(k,d,'forward'):f for k,f in rivals(layer, s, x, w).items()}
             except Exception as e: notes.append(f'{layer.text}: rivals were left out: {type(e).__name__}: {str(e).splitlines()[0][:150]}')
-    for mode in [*(_FORMATS if layer.args else ['eager']), *['compiled']*compiled]:
-        x,dy,_,w = gpu_tensors(layer, s, mode if mode in _FORMATS else 'channels_last', device, dtype)
+    for mode in [*(FORMATS if layer.args else ['eager']), *['compiled']*compiled]:
+        x,dy,_,w = gpu_tensors(layer, s, mode if mode in FORMATS else 'channels_last', device, dtype)
         for p,f in dense_products(layer).items(): fns['dense',mode,p] = lambda f=torch.compile(f, dynamic=False) if mode=='compiled' else f, x=x, dy=dy, w=w: f(x, w, dy)
     return fns,notes
 
@@ -204,10 +205,10 @@ def gpu_layers_table(
     "One line for each product"
     lines = [['layer','numbers','B','density','product','format','ms','TFLOP/s','GB/s','of floor','dense ms','by','ratio','plain','BSR','2:4']]
     for r in rows:
-        peer = lambda w: _times(r['peers'][w]/r['ms']) if w in r['peers'] else '—'
-        lines.append([r['layer'], r['numbers'], str(r['block_size']), f"{r['density']:.3g}", r['product'], r['format'], _ms(r['ms']), f"{r['tflops']:.1f}", f"{r['gbs']:.0f}",
-                      f"{r['of_floor']:.2f}", _ms(r['dense_ms']), r['best_dense'], _times(r['ratio']), peer('plain'), peer('bsr'), peer('2:4')])
-    return _table(lines)+'\n\nof floor: the least time, by operations or bytes at the measured ceilings, over ours; ratio: best dense time over ours; others: their time over ours'
+        peer = lambda w: as_ratio(r['peers'][w]/r['ms']) if w in r['peers'] else '—'
+        lines.append([r['layer'], r['numbers'], str(r['block_size']), f"{r['density']:.3g}", r['product'], r['format'], as_ms(r['ms']), f"{r['tflops']:.1f}", f"{r['gbs']:.0f}",
+                      f"{r['of_floor']:.2f}", as_ms(r['dense_ms']), r['best_dense'], as_ratio(r['ratio']), peer('plain'), peer('bsr'), peer('2:4')])
+    return text_table(lines)+'\n\nof floor: the least time, by operations or bytes at the measured ceilings, over ours; ratio: best dense time over ours; others: their time over ours'
 
 # %% ../../nbs/bench/05_gpu.ipynb #af8ffa47
 class GpuStep:
@@ -219,7 +220,7 @@ class GpuStep:
         fmt:str, kind:str, device:str, # memory format, key of `NUMBERS`, 'cuda' or 'cpu'
         how:str='',      # 'compiled', 'graph' or ''
     ):
-        self.kind,self.device,self.fmt = kind,device,_FORMATS[fmt]
+        self.kind,self.device,self.fmt = kind,device,FORMATS[fmt]
         self.x = torch.randn(images, device=device).contiguous(memory_format=self.fmt)
         self.y = torch.randint(0, classes, images[:1], device=device)
         self.model = model.to(device, memory_format=self.fmt)
@@ -258,7 +259,7 @@ def step_turns(
 )->tuple: # (name -> `spread` and memory, notes)
     "Steps of a network, one after the other in memory and in turns in time"
     ways = ['',*['graph']*(device=='cuda'),*['compiled']*compiled]
-    variants = {('dense',f,how):(None,f,how) for f in _FORMATS for how in ways}
+    variants = {('dense',f,how):(None,f,how) for f in FORMATS for how in ways}
     variants |= {('sparse',p,how):(p,'nchw',how) for p in plans for how in ways}
     steps,memory,notes = {},{},[]
     for k,(plan,f,how) in variants.items():
@@ -292,9 +293,9 @@ def gpu_steps_table(
     lines = [['step','numbers','variant','run','ms','dense ms','by','ratio','arithmetic left','peak MB','dense MB','state']]
     for r in rows:
         mb = lambda b: f'{b/1e6:.0f}' if b else '—'
-        lines.append([f"{r['model']}, batch {r['batch']}", r['numbers'], f"{r['distribution']} {r['density']:g} B={r['block_size']}", r['how'], _ms(r['ms']), _ms(r['dense_ms']), r['best_dense'],
-                      _times(r['ratio']), f"{r['flop_share']:.2f}", mb(r['peak']), mb(r['dense_peak']), f"{r['state_share']:.2f}"])
-    return _table(lines)+'\n\nratio: best dense time over ours; peak: most memory of a step; state: weights, gradients and momentum, share of dense'
+        lines.append([f"{r['model']}, batch {r['batch']}", r['numbers'], f"{r['distribution']} {r['density']:g} B={r['block_size']}", r['how'], as_ms(r['ms']), as_ms(r['dense_ms']), r['best_dense'],
+                      as_ratio(r['ratio']), f"{r['flop_share']:.2f}", mb(r['peak']), mb(r['dense_peak']), f"{r['state_share']:.2f}"])
+    return text_table(lines)+'\n\nratio: best dense time over ours; peak: most memory of a step; state: weights, gradients and momentum, share of dense'
 
 # %% ../../nbs/bench/05_gpu.ipynb #6ac3094d
 _LAYERS = '3x3:64@56n256,3x3:128@28n256,3x3:256@14n256,3x3:512@7n256,1x1:256x64@56n256,1x1:1024x256@14n256,3x3:256@8n128,3x3:512@4n128,linear:4096x4096n16384'
@@ -326,7 +327,7 @@ def _layer_results(layers, o, rates):
     for kind in o['numbers']:
         for l in layers:
             for B in o['block_size']:
-                _say(f'{l.text}, {kind}, B={B}')
+                say(f'{l.text}, {kind}, B={B}')
                 structures = {d:random_structure(l.O, l.K, B, d, torch.Generator().manual_seed(0)) for d in o['density']}
                 with number_mode(kind) as dtype, torch.no_grad():
                     fns,more = layer_turns(l, structures, o['format'], o['device'], dtype, not o['no_compile'])
@@ -343,7 +344,7 @@ def _step_results(models, o):
         plans = [('uniform',d,B) for B in o['block_size'] for d in o['density']]
         macs = layer_macs(gpu_model(name, (1,*images[1:]), classes), images[-1])
         for kind in o['numbers']:
-            _say(f'{name}, {kind}')
+            say(f'{name}, {kind}')
             with number_mode(kind):
                 steps,memory,more = step_turns(name, images, classes, plans, kind, o['device'], not o['no_compile'])
                 times,_ = take_turns(steps, o['repeats'], o['device'])
@@ -362,7 +363,7 @@ def gpu_job(
     if o['device']=='cuda' and not torch.cuda.is_available(): raise ValueError('device=cuda: torch finds no GPU; use a machine with one, or `dsb bench layers` and `dsb bench step` for the CPU')
     if o['repeats']<1: raise ValueError(f"repeats={o['repeats']}: expected a whole number, at least 1")
     o['numbers'],o['density'] = words('numbers', o['numbers'], list(NUMBERS)),numbers(o['density'])
-    o['format'] = list(_FORMATS) if o['format']=='both' else words('format', o['format'], [*_FORMATS,'both'])
+    o['format'] = list(FORMATS) if o['format']=='both' else words('format', o['format'], [*FORMATS,'both'])
     o['block_size'] = [int(w) for w in words('block_size', o['block_size'], ['8','16','32','64'])]
     models = [] if o['models']=='none' else words('models', o['models'], list(GPU_MODELS))
     layers = [] if o['layers']=='none' else [parse_layer(t.strip(), 128) for t in o['layers'].split(',')]
@@ -377,6 +378,6 @@ def gpu_job(
         print('\n\n'.join([*[gpu_layers_table(rows)]*bool(rows), *[gpu_steps_table(steps)]*bool(steps)])+'\n'+''.join(f'\nnote: {n}' for n in dict.fromkeys(notes+more)), flush=True)
         report = dict(machine=facts, options=o, notes=notes+more, layers=rows, steps=steps)
         if o['json']:
-            with _whole(o['json']) as f: f.write_text(json.dumps(report, indent=1)+'\n', encoding='utf-8')
+            with whole_file(o['json']) as f: f.write_text(json.dumps(report, indent=1)+'\n', encoding='utf-8')
         return report
     return run

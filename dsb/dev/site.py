@@ -12,6 +12,7 @@ import ast,base64,io,json,os,posixpath,re,shutil,subprocess,sys,tempfile,tokeniz
 from configparser import ConfigParser
 from pathlib import Path
 from fastcore.basics import patch
+from ..core import write_whole
 
 # %% ../../nbs/dev/01_site.ipynb #6706968c
 class Project:
@@ -76,16 +77,6 @@ def exported(self:Cell)->bool:
     "Does the cell go to a module?"
     return bool(self.directives.keys()&{'export','exports','exporti'})
 
-# %% ../../nbs/dev/01_site.ipynb #41b4e004
-def _write(path, data):
-    "Write `data` unless the file has it already; readers see the old file or the new one, nothing between"
-    path,data = Path(path),data.encode() if isinstance(data, str) else data
-    if path.exists() and path.read_bytes()==data: return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    tmp.write_bytes(data)
-    os.replace(tmp, path)
-
 # %% ../../nbs/dev/01_site.ipynb #78823441
 def _left_alone(flags):
     "A test for cells that are not run, by nbdev's rules"
@@ -114,7 +105,7 @@ def refresh(
         try: shell.run_all(nb, exc_stop=True, preproc=skip)
         except Exception: raise RuntimeError(shell.prettytb(fname=path)) from None
     clean_nb(nb)
-    _write(path, nb2str(nb))
+    write_whole(path, nb2str(nb))
 
 # %% ../../nbs/dev/01_site.ipynb #b36bc8aa
 def comments(
@@ -388,7 +379,7 @@ def readme(
     files[p.root/'README.md'] = (note + readme_text(read_cells(p.nbs/'index.ipynb'), save, p.nbs.name)).encode()
     if write:
         for f in set((p.nbs/'images').glob('readme-*'))-files.keys(): f.unlink()
-        for f,data in files.items(): _write(f, data)
+        for f,data in files.items(): write_whole(f, data)
     return files
 
 # %% ../../nbs/dev/01_site.ipynb #40a598c7
@@ -448,11 +439,11 @@ def write_pages(
         stem,count = posixpath.splitext(page.name)[0],iter(range(1, 10**6))
         def save(data, suffix):
             f = docs/f'{stem}_files'/f'{next(count)}.{suffix}'
-            _write(f, data)
+            write_whole(f, data)
             return f.relative_to((docs/page.name).parent).as_posix()
-        _write(docs/page.name, page_text(page, index, save))
+        write_whole(docs/page.name, page_text(page, index, save))
     config = (p.root/'zensical.toml').read_text(encoding='utf-8')
-    _write(Path(dest)/'zensical.toml', config.replace('[project]\n', f'[project]\n{_nav(p.sections(), p.nbs)}\n', 1))
+    write_whole(Path(dest)/'zensical.toml', config.replace('[project]\n', f'[project]\n{_nav(p.sections(), p.nbs)}\n', 1))
 
 # %% ../../nbs/dev/01_site.ipynb #17397160
 def build(

@@ -16,7 +16,7 @@ from torch import Tensor
 from types import SimpleNamespace
 from typing import NamedTuple
 from ..structure.blocks import ShuffledBlocks
-from .build import _cache_dir
+from ..core import cache_dir
 from .reference import ConvArgs, dense_wgrad, fits, is_channels_last, solid
 
 # %% ../../nbs/kernels/07_triton.ipynb #6a52b584
@@ -418,7 +418,7 @@ def _announce(path):
 def _choices(device:int)->Choices:
     "The choices for a CUDA device"
     name = torch.cuda.get_device_name(device).replace(' ','-')
-    return Choices(_cache_dir()/f'triton-{name}-{triton.__version__}-{torch.__version__}.json')
+    return Choices(cache_dir()/f'triton-{name}-{triton.__version__}-{torch.__version__}.json')
 
 def choose(
     product:str,      # a key of `TILES`

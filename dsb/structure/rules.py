@@ -13,7 +13,7 @@ from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import patch
 from .blocks import Structure, ShuffledBlocks, Unstructured
-from .extract import _column_norms, _column_sums, channels_of, cut_blocks, diminish, falling, group_rows, refine_blocks
+from .extract import column_norms, column_sums, channels_of, cut_blocks, diminish, falling, group_rows, refine_blocks
 
 # %% ../../nbs/structure/05_rules.ipynb #acd979f0
 def plan_drops(
@@ -125,7 +125,7 @@ def _reduce(self:Collector, dW, compact):
     self.gradient = self.active if compact is None else compact.abs()    # of the loss
     self.finite = all(o.isfinite() for o in (*dW.aminmax(), *self.gradient.aminmax()))
     if self.k or not self.columns: self.places,self.scores = largest(dW, _positions(s), self.k)
-    if self.columns: self.norm = _column_norms(dW, s.rows, s.block_size)/_present(s).sqrt()[:,None]
+    if self.columns: self.norm = column_norms(dW, s.rows, s.block_size)/_present(s).sqrt()[:,None]
 
 @patch
 def finish(self:Collector)->bool: # None if no gradient came
@@ -224,7 +224,7 @@ def paper(
     grown = _grow(s, drop, seen, generator)
     if not len(grown): return Change(s, drop, int(planned.sum()), grown)
     rows = group_rows(_mask_after(s, drop, grown), s.block_size, groups)
-    worth = _column_norms(_scores_after(s, values, drop, grown), rows, s.block_size)
+    worth = column_norms(_scores_after(s, values, drop, grown), rows, s.block_size)
     return Change(cut_blocks(worth, rows, s.n_blocks, s.block_size, s.shape, _n_short(s)), drop, int(planned.sum()), grown)
 
 def _n_short(s:ShuffledBlocks)->int:
@@ -275,7 +275,7 @@ def _regrouped(s, values, f, seen, groups, gain=.05): # Change, or None where no
     grown = _grow(s, drop, seen, None)
     worth,n = _scores_after(s, values, drop, grown),_n_short(s)
     new = refine_blocks(worth, s, groups, n)
-    same = cut_blocks(_column_sums(worth, s.rows, s.block_size), s.rows, s.n_blocks, s.block_size, s.shape, n)
+    same = cut_blocks(column_sums(worth, s.rows, s.block_size), s.rows, s.n_blocks, s.block_size, s.shape, n)
     if worth[new.mask()].sum() > (1+gain)*worth[same.mask()].sum(): return Change(new, drop, int(drop.sum()), grown)
 
 # %% ../../nbs/structure/05_rules.ipynb #0199d4b1

@@ -7,7 +7,7 @@ __all__ = ['drop_fraction', 'is_update']
 
 # %% ../../nbs/structure/04_schedule.ipynb #2dfa4aea
 from math import cos, pi
-from .density import one_of
+from ..core import one_of
 
 # %% ../../nbs/structure/04_schedule.ipynb #1b074df7
 def drop_fraction(

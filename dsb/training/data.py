@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataError', 'DatasetInfo', 'dataset_names', 'dataset_info', 'epoch_order', 'batch_bounds', 'crop', 'random_moves',
-           'as_float', 'with_channels', 'Data', 'TensorData', 'cache_dir', 'cached', 'FolderData', 'load_data']
+           'as_float', 'with_channels', 'Data', 'TensorData', 'cached', 'FolderData', 'load_data']
 
 # %% ../../nbs/training/03_data.ipynb #6a963741
 import os, shutil, tempfile, warnings, zlib
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .glyphs import GLYPH_CLASSES, GLYPH_VERSION, GREY, make_glyphs, rng, mix_seed, show_images
-from ..kernels.build import _cache_dir, settle_matplotlib
+from ..core import cache_dir, settle_matplotlib, whole_file
 
 # %% ../../nbs/training/03_data.ipynb #98c5ae11
 class DataError(ValueError):
@@ -208,22 +208,7 @@ def test_batches(self:TensorData): # yields x (N, C, H, W) float32, y (N,) int64
     for x,y in zip(*(t.split(self.eval_batch_size) for t in self.test)): yield as_float(x, self.info),y
 
 # %% ../../nbs/training/03_data.ipynb #7231d852
-def cache_dir()->Path: # need not exist
-    "The user's cache folder for this library"
-    return _cache_dir()
-
 def _checksum(tensors): return [zlib.crc32(t.contiguous().numpy()) for t in tensors]
-
-def _write(path, obj):
-    "Save `obj` under a temporary name, then give it its own"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
-    try:
-        with os.fdopen(fd, 'wb') as f: torch.save(obj, f)
-        os.replace(tmp, path)
-    except BaseException:
-        os.unlink(tmp)
-        raise
 
 # %% ../../nbs/training/03_data.ipynb #d6f10998
 def cached(
@@ -238,7 +223,8 @@ def cached(
             if _checksum(d['tensors'])==d['checksum']: return tuple(d['tensors'])
         except Exception: pass  # whatever is wrong with a cached file, the remedy is the same
     tensors = make()
-    try: _write(path, dict(tensors=list(tensors), checksum=_checksum(tensors)))
+    try:
+        with whole_file(path) as tmp: torch.save(dict(tensors=list(tensors), checksum=_checksum(tensors)), tmp)
     except (OSError, RuntimeError) as e: warnings.warn(f'{path} cannot be written ({getattr(e, "strerror", None) or e}): it will be made again next time')
     return tensors
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..kernels.build import settle_matplotlib
+from ..core import settle_matplotlib
 
 # %% ../../nbs/training/02_glyphs.ipynb #2503a625
 GLYPH_CHARS   = string.digits + string.ascii_uppercase + string.ascii_lowercase

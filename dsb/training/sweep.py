@@ -18,12 +18,11 @@ from statistics import mean, stdev
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from ..bench.timing import _table, processor
-from ..structure.density import one_of
+from ..core import one_of, processor, text_table, write_whole
 from .models import create_model
-from .plot import _INK, _NEW, _SOFT, _figure, _plain
+from .plot import INK, NEW, SOFT, figure, plain_axes
 from .train import DENSE, MAY_CHANGE, InUse, Interrupted, Signals, Trainer, TrainConfig, check_types
-from .train import _data_shape, _write_text
+from .train import data_shape
 from .tune import tune
 
 # %% ../../nbs/training/07_sweep.ipynb #a8a0d0ee
@@ -112,7 +111,7 @@ def make_run(
 # %% ../../nbs/training/07_sweep.ipynb #a1317d92
 def _check_buildable(config):
     "Raise unless the model and the data set exist and fit together"
-    with torch.device('meta'): create_model(config.model, dropout=config.dropout, **_data_shape(config))
+    with torch.device('meta'): create_model(config.model, dropout=config.dropout, **data_shape(config))
 
 def sweep_runs(
     spec:dict, # from `read_sweep`
@@ -294,7 +293,7 @@ def work(
         import traceback
         traceback.print_exc()
         outcome = dict(error=f'{type(e).__name__}: {e}')
-    _write_text(folder/'outcome.json', json.dumps(outcome | made))
+    write_whole(folder/'outcome.json', json.dumps(outcome | made))
     return int('error' in outcome)
 
 def _main(): _stop_with(0); sys.exit(work(json.loads(sys.argv[1])))
@@ -596,7 +595,7 @@ def _repr_markdown_(self:SweepTable):
     return '\n\n'.join('\n'.join([line(head), '|---' + '|--:'*(len(head)-1) + '|', *map(line, rows)]) for head, *rows in self._tables())
 
 @patch
-def __repr__(self:SweepTable): return '\n\n'.join(map(_table, self._tables()))
+def __repr__(self:SweepTable): return '\n\n'.join(map(text_table, self._tables()))
 
 # %% ../../nbs/training/07_sweep.ipynb #8fba9b51
 @patch
@@ -609,9 +608,9 @@ def table(self:Sweep,
     return SweepTable(lines, against)
 
 # %% ../../nbs/training/07_sweep.ipynb #f19e91d5
-_COLORS = (_INK, _NEW, '#2a9d8f', '#8e6bbf', '#c99700', '#4f8fd0', '#b0476f', '#6b7a45', '#7f7f7f')
+_COLORS = (INK, NEW, '#2a9d8f', '#8e6bbf', '#c99700', '#4f8fd0', '#b0476f', '#6b7a45', '#7f7f7f')
 
-def _looks(labels): return {l: (_COLORS[i % len(_COLORS)], 'os^D'[i//len(_COLORS) % 4]) for i, l in enumerate(labels)}   # color, marker
+def _outline(labels): return {l: (_COLORS[i % len(_COLORS)], 'os^D'[i//len(_COLORS) % 4]) for i, l in enumerate(labels)}   # color, marker
 
 def plot_accuracy(
     lines:list,      # from `read_lines`
@@ -622,9 +621,9 @@ def plot_accuracy(
     t = SweepTable(lines, value=value)
     labels, found = list(labels or t.labels), cells(t.lines, value=value)
     at = [s for s in t.sparsities if s]
-    fig = _figure(8, 3.8)
-    ax = _plain(fig.subplots(), '', 'sparsity', 'test accuracy, %')
-    sparse, looks = [l for l in labels if (l, 0) not in found], _looks(labels)
+    fig = figure(8, 3.8)
+    ax = plain_axes(fig.subplots(), '', 'sparsity', 'test accuracy, %')
+    sparse, looks = [l for l in labels if (l, 0) not in found], _outline(labels)
     for l in labels:
         if l in sparse: _draw_method(ax, [found.get((l, s)) for s in at], l, *looks[l], .4*((sparse.index(l) + .5)/len(sparse) - .5))
         else: _draw_band(ax, found[l, 0], l, looks[l][0], len(at))
@@ -656,12 +655,12 @@ def plot_paired(
     "Paired differences against a method, with 95 % intervals"
     t = SweepTable(lines, against, value)
     labels, at = [l for l in labels or t.labels if l != against], [s for s in t.sparsities if s] or t.sparsities
-    fig = _figure(max(4, 1.2 + 2.6*len(at)), 1.1 + .3*len(labels))
+    fig = figure(max(4, 1.2 + 2.6*len(at)), 1.1 + .3*len(labels))
     axs = fig.subplots(1, len(at), sharey=True, sharex=True, squeeze=False)[0]
     for ax, s in zip(axs, at):
-        _plain(ax, f'sparsity {s:g}' if s else '', f'minus {against}, points')
-        ax.axvline(0, color=_INK, lw=.8)
-        for m in margins: ax.axvline(100*m, color=_NEW, lw=.8, ls='--')
+        plain_axes(ax, f'sparsity {s:g}' if s else '', f'minus {against}, points')
+        ax.axvline(0, color=INK, lw=.8)
+        for m in margins: ax.axvline(100*m, color=NEW, lw=.8, ls='--')
         for y, l in enumerate(labels): _draw_pair(ax, y, by_seed(t.lines, l, s, value), by_seed(t.lines, against, s, value), paired(t.lines, l, against, s, value))
     axs[0].set_yticks(range(len(labels)), labels)
     axs[0].set_ylim(len(labels) - .4, -.6)
@@ -670,5 +669,5 @@ def plot_paired(
 def _draw_pair(ax, y, mine, other, c):
     "One line of `plot_paired`"
     if c is None: return
-    ax.plot([100*(mine[s] - other[s]) for s in mine if s in other], [y + .25]*c.n, '.', color=_SOFT, ms=4)
-    ax.errorbar(100*c.mean, y, xerr=100*c.half if c.n > 1 else None, color=_INK, fmt='o', ms=4, elinewidth=1.4, capsize=2)
+    ax.plot([100*(mine[s] - other[s]) for s in mine if s in other], [y + .25]*c.n, '.', color=SOFT, ms=4)
+    ax.errorbar(100*c.mean, y, xerr=100*c.half if c.n > 1 else None, color=INK, fmt='o', ms=4, elinewidth=1.4, capsize=2)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'DENSE', 'RECIPES', 'FORMAT', 'MAY_CHANGE', 'choose_method', 'TrainConfig', 'Recipe', 'check_types',
            'config_from', 'lr_at', 'end_of_updates', 'save_whole', 'make_folder', 'InUse', 'Claim', 'load_checkpoint',
-           'Interrupted', 'Diverged', 'Signals', 'join_group', 'leave_group', 'pick_device', 'structure_checksum',
-           'width_of', 'build_model', 'Trainer', 'draw_run', 'restored']
+           'one_line', 'Interrupted', 'Diverged', 'Signals', 'join_group', 'leave_group', 'pick_device',
+           'structure_checksum', 'data_shape', 'width_of', 'build_model', 'Trainer', 'draw_run', 'restored']
 
 # %% ../../nbs/training/06_train.ipynb #ed8cae86
 import json, math, os, shlex, shutil, signal, sys, tempfile, threading, time, zlib
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
 from .data import DataError, dataset_info, load_data
-from ..structure.density import one_of
+from ..core import is_real, is_whole, one_of, whole_file, write_whole
 from ..fuse import fuse
 from .models import create_model, model_channels, small_width
 from ..sparsify import sparse_layers, sparsify, summary
@@ -66,27 +66,24 @@ def choose_method(
     return method, .9 if sparsity is None else sparsity, block_size or (16 if method in ('dsb', 'ssb') else 0)
 
 # %% ../../nbs/training/06_train.ipynb #fc3c86af
-def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
-def _real(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
-
 _RANGES = (
-    ('sparsity', 'a number in [0, 1), the share of weights that are zero', lambda v: _real(v) and 0 <= v < 1),
-    ('block_size', '0 (unstructured) or a whole number from 2 to 256, such as 8, 16 or 32', lambda v: _whole(v) and (v == 0 or 2 <= v <= 256)),
-    ('T', 'a whole number of steps between updates, at least 1', lambda v: _whole(v) and v >= 1),
-    ('T_end', 'the step at which updates end, at least 1, or nothing for three quarters of the run', lambda v: v is None or (_whole(v) and v >= 1)),
-    ('alpha', 'the first drop fraction, a number in (0, 1]', lambda v: _real(v) and 0 < v <= 1),
-    ('epochs', 'a whole number, at least 1', lambda v: _whole(v) and v >= 1),
-    ('eval_every', 'a whole number of epochs, at least 1', lambda v: _whole(v) and v >= 1),
-    ('start_epoch', 'a whole number, at least 0', lambda v: _whole(v) and v >= 0),
-    ('batch_size', 'a whole number, at least 1', lambda v: _whole(v) and v >= 1),
-    ('lr', 'a finite number above 0', lambda v: _real(v) and 0 < v < math.inf),
-    ('momentum', 'a number in [0, 1)', lambda v: _real(v) and 0 <= v < 1),
-    ('weight_decay', 'a finite number, at least 0', lambda v: _real(v) and 0 <= v < math.inf),
-    ('dropout', 'a probability in [0, 1)', lambda v: _real(v) and 0 <= v < 1),
-    ('seed', 'a whole number from 0 to 2**63-1', lambda v: _whole(v) and 0 <= v < 2**63),
-    ('workers', 'a whole number of loader processes, at least 0', lambda v: v is None or (_whole(v) and v >= 0)),
-    ('cuda', 'the index of one GPU, at least 0; several GPUs are for torchrun', lambda v: _whole(v) and v >= 0),
-    ('print_freq', 'a whole number of steps, 0 for one line an epoch', lambda v: _whole(v) and v >= 0))
+    ('sparsity', 'a number in [0, 1), the share of weights that are zero', lambda v: is_real(v) and 0 <= v < 1),
+    ('block_size', '0 (unstructured) or a whole number from 2 to 256, such as 8, 16 or 32', lambda v: is_whole(v) and (v == 0 or 2 <= v <= 256)),
+    ('T', 'a whole number of steps between updates, at least 1', lambda v: is_whole(v) and v >= 1),
+    ('T_end', 'the step at which updates end, at least 1, or nothing for three quarters of the run', lambda v: v is None or (is_whole(v) and v >= 1)),
+    ('alpha', 'the first drop fraction, a number in (0, 1]', lambda v: is_real(v) and 0 < v <= 1),
+    ('epochs', 'a whole number, at least 1', lambda v: is_whole(v) and v >= 1),
+    ('eval_every', 'a whole number of epochs, at least 1', lambda v: is_whole(v) and v >= 1),
+    ('start_epoch', 'a whole number, at least 0', lambda v: is_whole(v) and v >= 0),
+    ('batch_size', 'a whole number, at least 1', lambda v: is_whole(v) and v >= 1),
+    ('lr', 'a finite number above 0', lambda v: is_real(v) and 0 < v < math.inf),
+    ('momentum', 'a number in [0, 1)', lambda v: is_real(v) and 0 <= v < 1),
+    ('weight_decay', 'a finite number, at least 0', lambda v: is_real(v) and 0 <= v < math.inf),
+    ('dropout', 'a probability in [0, 1)', lambda v: is_real(v) and 0 <= v < 1),
+    ('seed', 'a whole number from 0 to 2**63-1', lambda v: is_whole(v) and 0 <= v < 2**63),
+    ('workers', 'a whole number of loader processes, at least 0', lambda v: v is None or (is_whole(v) and v >= 0)),
+    ('cuda', 'the index of one GPU, at least 0; several GPUs are for torchrun', lambda v: is_whole(v) and v >= 0),
+    ('print_freq', 'a whole number of steps, 0 for one line an epoch', lambda v: is_whole(v) and v >= 0))
 
 # %% ../../nbs/training/06_train.ipynb #02185fde
 @dataclass
@@ -224,24 +221,12 @@ def end_of_updates(
     return config.T_end or max(1, min(75000, config.epochs*steps_per_epoch*3//4))
 
 # %% ../../nbs/training/06_train.ipynb #91183501
-@contextmanager
-def _whole_file(path):
-    "A name to write to; the file takes its own name once the block ends without an error"
-    path = Path(path); tmp = path.with_name(f'.{path.name}.tmp')
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
-def _write_text(path, text):
-    with _whole_file(path) as tmp: tmp.write_text(text, encoding='utf-8')
-
 def save_whole(
     obj,  # for `torch.save`
     path, # file to make or to replace
 ):
     "`torch.save` that leaves the old file or the new one, never half of one"
-    with _whole_file(path) as tmp: torch.save(obj, tmp)
+    with whole_file(path) as tmp: torch.save(obj, tmp)
 
 # %% ../../nbs/training/06_train.ipynb #a07854bb
 def _remove_empty(folders):
@@ -369,13 +354,13 @@ _PARTS = dict(info=dict, model=dict, opt=dict, best=dict, start=dict, history=li
 _ROW, _TESTED = ('lr', 'train_loss', 'train_acc'), ('test_loss', 'test_acc')
 _UPDATE = 'step', 'planned', 'confirmed', 'net_changed'
 
-def _check_numbers(where, values, names, right=_real):
+def _check_numbers(where, values, names, right=is_real):
     "Raise unless `values` has a number under each of `names`"
     if not isinstance(values, dict): raise ValueError(f"{where} is {type(values).__name__}, expected an object")
     for k in names:
         if k not in values: raise ValueError(f"{where} lacks {k}")
         if right(values[k]): continue
-        raise ValueError(f"{where} has {k}={values[k]!r}, expected a {'whole '*(right is _whole)}number")
+        raise ValueError(f"{where} has {k}={values[k]!r}, expected a {'whole '*(right is is_whole)}number")
 
 # %% ../../nbs/training/06_train.ipynb #7bc4e1f6
 def _check_history(history, done):
@@ -383,7 +368,7 @@ def _check_history(history, done):
     if len(history) != done: raise ValueError(f"the history has {len(history)} epochs, expected {done}")
     for i, row in enumerate(history, 1):
         where = f'epoch {i} of the history'
-        _check_numbers(where, row, ('epoch', 'step'), _whole)
+        _check_numbers(where, row, ('epoch', 'step'), is_whole)
         _check_numbers(where, row, _ROW + _TESTED*any(row.get(k, 0) is not None for k in _TESTED))
         if not isinstance(row.get('updates'), list): raise ValueError(f"{where} has no list of updates")
         for u in row['updates']: _check_numbers(f'an update in {where}', u, _UPDATE)
@@ -396,7 +381,7 @@ def _check_parts(ck):
     ck['config'] = asdict(c := config_from(ck['config']))
     for k, kind in _PARTS.items():
         if not isinstance(ck[k], kind): raise ValueError(f"{k} is {type(ck[k]).__name__}, expected {kind.__name__}")
-    _check_numbers('info', ck['info'], ('num_classes', 'image_size', 'in_channels'), _whole)
+    _check_numbers('info', ck['info'], ('num_classes', 'image_size', 'in_channels'), is_whole)
     _check_numbers('best', ck['best'], ('acc', 'epoch'))
     _check_numbers('the checkpoint', ck, ('seconds',))
     _check_history(ck['history'], ck['epoch'] - c.start_epoch)
@@ -406,7 +391,9 @@ def _check_parts(ck):
 
 # %% ../../nbs/training/06_train.ipynb #a3f70b1c
 @contextmanager
-def _one_line(what):
+def one_line(
+    what:str, # what was being done, the start of the message
+):
     "Turn an error into a ValueError that says it in one line"
     try: yield
     except ValueError as e: raise ValueError(f"{what}: {e}") from e
@@ -481,7 +468,9 @@ def structure_checksum(
     return crc
 
 # %% ../../nbs/training/06_train.ipynb #920b833d
-def _data_shape(config):
+def data_shape(
+    config:TrainConfig, # gives data set and model
+)->dict: # `num_classes`, `image_size`, `in_channels`
     "What the network must fit to, known before a file is read"
     i = dataset_info(config.data_set)
     return dict(num_classes=i.num_classes, image_size=i.image_size, in_channels=model_channels(config.model, i.channels))
@@ -499,7 +488,7 @@ def build_model(
     shape:dict=None, # `num_classes`, `image_size`, `in_channels`; None: those of the data set
 )->nn.Module: # on the CPU
     "The network of a run with its first structure, decided by the seed"
-    shape = shape or _data_shape(config)
+    shape = shape or data_shape(config)
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(config.seed)
         model = create_model(config.model, dropout=config.dropout, width=width_of(config, shape), **shape)
@@ -556,7 +545,7 @@ def _load_data(self:Trainer):
     c = self.config
     workers = min(8, os.cpu_count() or 1)//self.world if c.workers is None else c.workers
     if self.rank: dist.barrier()  # the first process downloads and fills the cache
-    data = load_data(c.data_set, c.data_dir, batch_size=c.batch_size, seed=c.seed, channels=_data_shape(c)['in_channels'],
+    data = load_data(c.data_set, c.data_dir, batch_size=c.batch_size, seed=c.seed, channels=data_shape(c)['in_channels'],
                      device=self.device, rank=self.rank, world_size=self.world, workers=workers, n_train=c.n_train, n_test=c.n_test)
     if self.world > 1 and self.rank == 0: dist.barrier()
     return data
@@ -771,7 +760,7 @@ def save(self:Trainer,
 
 @patch
 def _write_metrics(self:Trainer):
-    _write_text(self.out/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in self.history))
+    write_whole(self.out/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in self.history))
 
 # %% ../../nbs/training/06_train.ipynb #1b633174
 def _watched():
@@ -844,7 +833,7 @@ def fit(self:Trainer)->dict: # what `summary.json` holds
     first = self.step
     with _holding(self.claim, lambda: self.step == first):
         if self.claim:
-            _write_text(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
+            write_whole(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
             self._write_metrics()
         self._epochs()
         return self.finish()
@@ -864,7 +853,7 @@ def finish(self:Trainer)->dict: # what `summary.json` holds
     "Write `summary.json`, `curves.png` and `masks.png`"
     r = self.result()
     if self.claim:
-        _write_text(self.out/'summary.json', json.dumps(r, indent=1) + '\n')
+        write_whole(self.out/'summary.json', json.dumps(r, indent=1) + '\n')
         draw_run(self.out, self.model, self.history, self.start, self.config.title)
     return r
 
@@ -882,7 +871,7 @@ def draw_run(
     if history: figures['curves.png'] = plot_curves(history, title)
     if layers: figures['masks.png'] = plot_masks(model, {n: unpack_mask(p, layers[n].mask().shape) for n, p in start.items()})
     for name, fig in figures.items():
-        with _whole_file(Path(out)/name) as tmp: fig.savefig(tmp, format='png', dpi=150)
+        with whole_file(Path(out)/name) as tmp: fig.savefig(tmp, format='png', dpi=150)
     return list(figures)
 
 # %% ../../nbs/training/06_train.ipynb #41bd186a
@@ -903,7 +892,7 @@ def resume(cls:Trainer,
     same = out.resolve() == path.parent.resolve()
     self = cls(config, out, verbose=verbose, resume=same)
     with _holding(self.claim):
-        with _one_line(f"{path} does not fit this dsb or its data"):
+        with one_line(f"{path} does not fit this dsb or its data"):
             self.load_state(ck)
             with _own_random(self): pass  # can the generators be put there?
         if not same:
@@ -915,7 +904,7 @@ def resume(cls:Trainer,
 def _bring_best(self:Trainer, path):
     "Copy the best checkpoint along where a run goes on in another folder"
     if not path.exists() or load_checkpoint(path)[1]['best'] != self.best: return
-    with _whole_file(self.out/'best.pt') as tmp: shutil.copyfile(path, tmp)
+    with whole_file(self.out/'best.pt') as tmp: shutil.copyfile(path, tmp)
 
 # %% ../../nbs/training/06_train.ipynb #3b0ceda1
 def restored(
@@ -923,7 +912,7 @@ def restored(
 )->nn.Module: # on the CPU, in evaluation mode
     "The model of a checkpoint"
     shape = {k: ck['info'][k] for k in ('num_classes', 'image_size', 'in_channels')}
-    with _one_line("the checkpoint does not fit its own config"):
+    with one_line("the checkpoint does not fit its own config"):
         model = build_model(TrainConfig(**ck['config']), shape)
         model.load_state_dict(ck['model'])
     return model.eval()
