@@ -155,14 +155,14 @@ _norm_conv2d.register_autograd(_conv_gradients, setup_context=_save_conv)
 def _suits_conv(x, conv):
     "Can the convolution normalise its own input?"
     if not _is_just(conv, SparseConv2d) or conv.block_size not in cpu.block_sizes or conv.pad_first or x.shape[1]%16: return False
-    if conv._left is not None or conv.values.dtype!=x.dtype or not conv.values.is_cpu: return False
+    if conv.left_behind is not None or conv.values.dtype!=x.dtype or not conv.values.is_cpu: return False
     return not torch.is_autocast_enabled('cpu')
 
 def _into_conv(x, bn, conv):
     "`conv(relu(bn(x)))` in one operation"
     mean,var = _statistics(bn)
     y,stats = _norm_conv2d(x, bn.weight, bn.bias, conv.values, conv.bias, mean, var, bn.eps, conv.rows, conv.group_ptr, conv.cols, conv.checksum,
-                           conv.block_size, *conv.shape, *conv.args, conv._key)
+                           conv.block_size, *conv.shape, *conv.args, conv.collect_key)
     _update(bn, stats, x.numel()//x.shape[1])
     return y
 

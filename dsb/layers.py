@@ -14,13 +14,13 @@ from torch import Tensor
 from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
-from .ops import structure_of, block_linear, block_conv2d, exposed, listen
+from .ops import structure_of, block_linear, block_conv2d, revealed, set_collector
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
     "A layer whose weight is a structure and its values"
     groups = 1                                             # convolution groups
-    _collect,_key,_updater,_kin,_left = None,0,None,None,None   # what others hang on a layer for a while; not part of it
+    _collect,collect_key,updater_ref,_kin,left_behind = None,0,None,None,None   # what others hang on a layer for a while; not part of it
     def _set(self,
         dense:nn.Module,     # `nn.Linear` or `nn.Conv2d` to be the twin of; may be on the meta device
         structure:Structure, # active weights
@@ -57,7 +57,7 @@ def mask(self:SparseLayer)->Tensor: # bool, shape of the dense weight
 @patch
 def dense_weight(self:SparseLayer)->Tensor: # shape of the dense weight
     "The weight as a dense tensor, differentiable in `values`"
-    if self._left is not None: self._check_copy()
+    if self.left_behind is not None: self._check_copy()
     return self.structure.scatter(self.values).view(self.weight_shape)
 
 @patch(as_prop=True)
@@ -77,7 +77,7 @@ def reset_parameters(self:SparseLayer):
 
 # %% ../nbs/02_layers.ipynb #c011ec71
 def _get_collect(self): return self._collect
-def _set_collect(self, f): self._collect,self._key = f,listen(self, f)
+def _set_collect(self, f): self._collect,self.collect_key = f,set_collector(self, f)
 
 SparseLayer.collect = property(_get_collect, _set_collect, doc='Called in backward with the dense weight gradient (O, K), on steps when growth wants it')
 
@@ -110,10 +110,10 @@ class DerivedWeight(Tensor):
 # %% ../nbs/02_layers.ipynb #f2a74146
 @patch
 def _dense(self:SparseLayer)->Tensor:
-    "The dense weight, its gradient shown to a listener"
+    "The dense weight, its gradient revealed to the collector"
     w,b = self.dense_weight(),self.bias
     if b is not None and b.device!=w.device: raise RuntimeError(f'bias on {b.device}, values on {w.device}: expected one device')
-    return exposed(w, self._key) if self._key else w
+    return revealed(w, self.collect_key) if self.collect_key else w
 
 @patch(as_prop=True)
 def weight(self:SparseLayer)->Tensor:
@@ -157,10 +157,10 @@ class SparseLinear(SparseLayer, nn.Linear):
         self._set(dense, structure, device)
 
     def forward(self, x):
-        if self._left is not None: self._check_copy()
+        if self.left_behind is not None: self._check_copy()
         if not self.block_size: return F.linear(x, self._dense(), self.bias)
         x,v,b = to_autocast(x, self.values, self.bias)
-        return block_linear(x, v, b, self, self._key, self.checksum)
+        return block_linear(x, v, b, self, self.collect_key, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #1321b0ba
 @patch(cls_method=True)
@@ -206,7 +206,7 @@ _geometry = ('in_channels','out_channels','kernel_size','stride','padding','dila
 # %% ../nbs/02_layers.ipynb #918be672
 @patch
 def forward(self:SparseConv2d, x):
-    if self._left is not None: self._check_copy()
+    if self.left_behind is not None: self._check_copy()
     return self._convolve(x[None])[0] if x.dim()==3 else self._convolve(x)
 
 @patch
@@ -215,7 +215,7 @@ def _convolve(self:SparseConv2d, x):
     a = self.args
     if not self.block_size: return F.conv2d(x, self._dense(), self.bias, *a[1:])
     x,v,b = to_autocast(x, self.values, self.bias)
-    return block_conv2d(x, v, b, self, a, self._key, self.checksum)
+    return block_conv2d(x, v, b, self, a, self.collect_key, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #9adb4512
 @patch
@@ -245,7 +245,7 @@ def set_structure(self:SparseLayer,
     for k,v in structure.state().items(): getattr(self,k).copy_(v)
     self.checksum.copy_(structure.checksum())
     self.values.copy_(values)
-    self._left = None
+    self.left_behind = None
 
 @patch
 def _same_size(self:SparseLayer, tensors:dict):
@@ -259,7 +259,7 @@ def _load_from_state_dict(self:SparseLayer, sd, prefix, local_metadata, strict, 
     try: new = self._incoming({k:sd[prefix+k] for k in (*self._buffers,'values','weight') if prefix+k in sd})
     except ValueError as e: return errors.append(f'{prefix[:-1] or "the layer"}: {e}')
     nn.Module._load_from_state_dict(self, {**sd, **{prefix+k:v for k,v in new.items()}}, prefix, local_metadata, strict, missing, unexpected, errors)
-    if new: self._left = None
+    if new: self.left_behind = None
 
 @patch
 def _incoming(self:SparseLayer, sd:dict)->dict: # the structure's tensors in their own types
@@ -305,7 +305,7 @@ def _restored(tensors, layer)->Structure:
     return s
 
 # %% ../nbs/02_layers.ipynb #37b86195
-passing = '_collect','_key','_updater','_kin','_left'
+passing = '_collect','collect_key','updater_ref','_kin','left_behind'
 
 @patch
 def __getstate__(self:SparseLayer): return {k:v for k,v in self.__dict__.items() if k not in passing}
@@ -321,7 +321,7 @@ def __deepcopy__(self:SparseLayer, memo):
     new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
     if self._kin is None: self.__dict__['_kin'] = weakref.WeakSet([self])
     self._kin.add(new)
-    new.__dict__.update(_kin=self._kin, _left=self._left)
+    new.__dict__.update(_kin=self._kin, left_behind=self.left_behind)
     return new
 
 # %% ../nbs/02_layers.ipynb #fa9fdac9
@@ -338,13 +338,13 @@ def leave_behind(self:SparseLayer,
 ):
     "Mark the copies of a layer that has moved"
     for o in (self._kin or ()):
-        if o is not self and o not in but and o._left is None and not (o._updater and o._updater()):
-            o.__dict__['_left'] = _fingerprint(o.values),o.checksum.clone()
+        if o is not self and o not in but and o.left_behind is None and not (o.updater_ref and o.updater_ref()):
+            o.__dict__['left_behind'] = _fingerprint(o.values),o.checksum.clone()
 
 @patch
 def _check_copy(self:SparseLayer):
     "Raise if this copy lags behind and is not what it was; with a gradient of its own it is a model of its own"
-    mark,checksum = self._left
+    mark,checksum = self.left_behind
     if not (torch.equal(mark, _fingerprint(self.values)) and torch.equal(checksum, self.checksum)):
         raise ValueError('the model that this one was copied from has moved weights to other places since, and the values here were changed all the same, as a moving average does: '
                          'pass follow=[copy] to dsb.Updater, which keeps its places in step')
@@ -354,6 +354,6 @@ def _check_copy(self:SparseLayer):
 def _watch_own_gradient(self:SparseLayer):
     me = weakref.ref(self)
     def free(_):
-        if me(): me().__dict__['_left'] = None
+        if me(): me().__dict__['left_behind'] = None
         handle.remove()
     handle = self.values.register_post_accumulate_grad_hook(free)

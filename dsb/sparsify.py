@@ -69,7 +69,7 @@ _tensors = {'weight','bias','values','rows','group_ptr','cols','flat','checksum'
 def _extras(m)->list: # names
     "What somebody has hung on a layer"
     inside = [k for d in (m._parameters, m._buffers, m._modules) for k in d if k not in _tensors or k in m._modules]
-    return inside + [k for k in m.__dict__ if k not in _standard and k not in passing]
+    return inside + [k for k in m.__dict__ if k not in _standard and not (k in passing and isinstance(m, SparseLayer))]
 
 # %% ../nbs/03_sparsify.ipynb #760fb81c
 def _kept(

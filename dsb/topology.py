@@ -218,8 +218,8 @@ def _followers(layers, model)->dict:
 def _take_over(self:Updater):
     "Become the updater of the layers"
     for m in self.layers.values():
-        if before := m._updater and m._updater(): before._retire()
-        m.__dict__['_updater'] = weakref.ref(self)
+        if before := m.updater_ref and m.updater_ref(): before._retire()
+        m.__dict__['updater_ref'] = weakref.ref(self)
         m.collect = None
     self.hooks = []
     weakref.finalize(self, _let_go, [weakref.ref(m) for m in self.layers.values()], self.hooks)
@@ -228,14 +228,14 @@ def _let_go(layers, hooks):
     "What remains to be done when an updater is gone"
     for h in hooks: h.remove()
     for m in (o() for o in layers):
-        if m is not None and not (m._updater and m._updater()): m.collect = None
+        if m is not None and not (m.updater_ref and m.updater_ref()): m.collect = None
 
 @patch
 def _retire(self:Updater):
     self.retired = True
     for h in self.hooks: h.remove()
     for m in self.layers.values():
-        if m._updater and m._updater() is self: m.__dict__['_updater'],m.collect = None,None
+        if m.updater_ref and m.updater_ref() is self: m.__dict__['updater_ref'],m.collect = None,None
 
 # %% ../nbs/04_topology.ipynb #c2ba4bac
 def pack_mask(
@@ -388,9 +388,9 @@ def _reduced(self:Updater, t, op='SUM'):
 def _ready_together(self:Updater)->bool:
     "`_ready`, asked and answered by all processes; their gradients are averaged on the way"
     ms,device = list(self.layers.values()),next(iter(self.layers.values())).values.device
-    shown = [bool(m.collect and m.collect.total is not None) for m in ms]
+    collected = [bool(m.collect and m.collect.total is not None) for m in ms]
     apart = [bool(m.collect and m.collect.total_compact is not None) for m in ms]
-    facts = torch.tensor([self.t, -self.t, not self._has_stepped(), *shown, *apart], dtype=torch.long, device=device)
+    facts = torch.tensor([self.t, -self.t, not self._has_stepped(), *collected, *apart], dtype=torch.long, device=device)
     last,first,waits,*seen = self._reduced(facts, 'MAX').tolist()
     if last!=-first: raise RuntimeError(f'the processes are at different steps, {-first} and {last}: call upd.step() equally often in all of them')
     if waits: return False

@@ -74,7 +74,7 @@ class Collector:
         k:int=0,             # inactive entries to keep, the largest
         columns:bool=False,  # keep the norm of each column over the rows of each group?
         whole:bool=False,    # keep the dense gradient until `finish`, so that several can be added up?
-        norms:bool=False,    # let the layer show the bound of `norm_bound` instead
+        norms:bool=False,    # let the layer reveal the bound of `norm_bound` instead
         part:float=1,        # share of the batch to see, in (0, 1]
         values:Tensor=None,  # of the layer; their `grad` tells which backward passes belong to a step
         counting:bool=False, # only count how often the layer is used in a step?
