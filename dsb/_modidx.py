@@ -1160,7 +1160,7 @@ d = { 'settings': { 'branch': 'main',
                                     'dsb.training.train.width_of': ('training/train.html#width_of', 'dsb/training/train.py')},
             'dsb.training.tune': { 'dsb.training.tune._keep': ('training/tune.html#_keep', 'dsb/training/tune.py'),
                                    'dsb.training.tune._libc': ('training/tune.html#_libc', 'dsb/training/tune.py'),
-                                   'dsb.training.tune._libc_name': ('training/tune.html#_libc_name', 'dsb/training/tune.py'),
                                    'dsb.training.tune.left_alone': ('training/tune.html#left_alone', 'dsb/training/tune.py'),
+                                   'dsb.training.tune.libc_name': ('training/tune.html#libc_name', 'dsb/training/tune.py'),
                                    'dsb.training.tune.tune': ('training/tune.html#tune', 'dsb/training/tune.py'),
                                    'dsb.training.tune.tuned': ('training/tune.html#tuned', 'dsb/training/tune.py')}}}
