@@ -49,7 +49,7 @@ def one_update(layer, shape, seed, rule, grow, kw):
     opt.step()
     state = lambda: [layer.structure.scatter(o.detach()).clone() for o in (layer.values, opt.state[layer.values]['momentum_buffer'], layer.values.grad)]
     s = layer.structure
-    old = type(s)(**{k:v.clone() for k,v in s.state().items()}, shape=s.shape, **s._extra())
+    old = s.mapped(torch.clone)
     before = state()
     return old,before,upd.step(),layer.structure,state()
 
