@@ -252,13 +252,17 @@ def __repr__(self:ShuffledBlocks):
     return f'ShuffledBlocks({O}×{K}, {self.n_blocks} blocks of {B}×{B} {where})'
 
 # %% ../../nbs/structure/01_blocks.ipynb #3271ab7e
+def _shifted(x, k): # int64 -> int64
+    "`x` shifted to the right with zeros coming in, as an unsigned number is"
+    return (x>>k) & ((1<<64-k)-1)
+
 def mix_bits(
     x:Tensor, # int64
 )->Tensor: # int64
-    "Numbers whose bits depend on all bits of `x`: the finalizer of SplitMix64, with signed shifts"
-    x = (x^(x>>30))*-4658895280553007687
-    x = (x^(x>>27))*-7723592293110705685
-    return x^(x>>31)
+    "Numbers whose bits depend on all bits of `x`: the finalizer of SplitMix64"
+    x = (x^_shifted(x, 30))*-4658895280553007687
+    x = (x^_shifted(x, 27))*-7723592293110705685
+    return x^_shifted(x, 31)
 
 # %% ../../nbs/structure/01_blocks.ipynb #cc478cbb
 @patch
