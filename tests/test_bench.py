@@ -110,7 +110,7 @@ def test_compile_that_fails(capsys, tmp_path, monkeypatch):
     assert 'linear:16x16: dense compiled forward was left out: RuntimeError: no compiler for this' in printed and len(report['results']) == 4
 
 def test_without_a_peak(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr('dsb.bench.timing._peak_library', lambda: None)
+    monkeypatch.setattr('dsb.bench.timing.peak_library', lambda: None)
     printed, report = bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16'])
     assert 'no register peak' in printed and {r['share'] for r in report['results']} == {None}
 
@@ -156,7 +156,7 @@ def test_refused_files(capsys, tmp_path):
 
 def test_interrupted(capsys, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr('dsb.bench.timing.measure_layer', stop)
+    monkeypatch.setattr('dsb.bench.layers.measure_layer', stop)
     assert main([*LAYERS, '--json', str(tmp_path/'a.json')]) == 130
     assert not list(tmp_path.iterdir()) and 'nothing was written' in capsys.readouterr().err
 

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from contextlib import contextmanager
 from torch import nn
+from .layers import (PRODUCTS, Layer, bsr_weight, dense_products, parse_layer, random_structure,
+                              sparse_products)
+from .steps import ends, flop_share
+from .timing import FORMATS, as_ms, as_ratio, filled, interleave, numbers, spread, warm_up, words, writable
 from ..core import say, text_table, whole_file
-from .timing import (FORMATS, as_ms, as_ratio, PRODUCTS, Layer, bsr_weight, dense_products, ends, filled, flop_share,
-                       interleave, numbers, parse_layer, random_structure, sparse_products, spread, warm_up, words, writable)
-from ..training.models import create_model, layer_macs
 from ..ops import backend_module, why_not
 from ..sparsify import sparsify
+from ..training.models import create_model, layer_macs
 
 # %% ../../nbs/bench/05_gpu.ipynb #48805c62
 NUMBERS = dict(float32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16)
