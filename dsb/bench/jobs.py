@@ -10,9 +10,11 @@ from importlib import import_module
 
 # %% ../../nbs/bench/06_jobs.ipynb #ccd98074
 JOBS = dict(
-    layers=('layers', 'layers_job', 'LAYER_OPTIONS', 'time single layers: forward and gradients, against dense, BSR and plain torch'),
+    layers=('layers', 'layers_job', 'LAYER_OPTIONS',
+            'time single layers: forward and gradients, against dense, BSR and plain torch'),
     step=('steps', 'step_job', 'STEP_OPTIONS', 'time whole training steps of networks, against dense'),
-    update=('updates', 'update_job', 'UPDATE_OPTIONS', 'time drops and growth: what each rule adds to training, and the memory it needs'),
+    update=('updates', 'update_job', 'UPDATE_OPTIONS',
+            'time drops and growth: what each rule adds to training, and the memory it needs'),
     gpu=('gpu', 'gpu_job', 'GPU_OPTIONS', 'time layers and whole training steps on a GPU, against every dense mode'))
 
 def find_job(

@@ -11,18 +11,20 @@ import copy, json, tempfile, time
 import numpy as np
 import torch
 from contextlib import contextmanager
+from fastcore.basics import patch
 from functools import wraps
 from pathlib import Path
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from .steps import Step, no_stderr, sparse_model, sparse_plans
-from .timing import COMMON_OPTIONS, checked, fma_burst, interleave, numbers, run_bench, spread, words
+from .timing import (COMMON_OPTIONS, checked, fma_burst, interleave, name_bars, numbers, run_bench, spread,
+                              words)
 from ..core import say, text_table
 from ..sparsify import sparse_layers
 from ..structure.rules import RULES, Collector
 from ..topology import Updater, check_update
 from ..training.models import canonical_name
-from ..training.plot import INK, NEW, OLD, SOFT, figure, plain_axes
+from ..training.plot import INK, NEW, OLD, SOFT, figure
 
 # %% ../../nbs/bench/04_updates.ipynb #b050b929
 @contextmanager
@@ -64,9 +66,13 @@ class Watch:
 class UpdateStep(Step):
     "Three training steps at each call: after an update, a plain one, and one that ends in an update"
     def __init__(self,
-        model:nn.Module, batch:int, fmt:str, # as in `Step`; the model is sparse
-        rule:str, grow:str, part:float,      # as in `Updater`
-        watch:Watch,   # times the parts
+        model:nn.Module, # sparse, to train
+        batch:int,       # images
+        fmt:str,         # 'nchw' or 'channels_last'
+        rule:str,        # as in `Updater`
+        grow:str,        # as in `Updater`
+        part:float,      # as in `Updater`
+        watch:Watch,     # times the parts
     ):
         super().__init__(model, batch, fmt)
         self.watch, self.changed = watch, []
@@ -90,46 +96,64 @@ class MemoryTrace:
         levels = [(e['ts'], e['args']['Total Allocated']) for e in events if e['name'] == '[memory]']
         self.when, self.level = np.array(sorted(levels, key=lambda o: o[0]) or [(0, 0)]).T
         self.spans = sorted((e['ts'], e['ts'] + e['dur'], e['name']) for e in events if e.get('ph') == 'X')
-    def peak(self,
-        name:str, # of a part; the last one of this name
-    )->tuple: # most bytes above those at its beginning, bytes left at its end, the operation that asked for the most
-        "What a part allocated; zeros if there was no such part"
-        begin, end = next(((b, e) for b, e, n in self.spans[::-1] if n == name), (0, 0))
-        i, j = np.searchsorted(self.when, [begin, end], 'right')
-        level = np.r_[self.level[i-1] if i else 0, self.level[i:j]]
-        most = int(level.argmax())
-        at = self.when[i+most-1] if most else end
-        op = next((n for b, e, n in self.spans if most and begin <= b <= at <= e and n.startswith('aten::')), '')
-        return int(level[most] - level[0]), int(level[-1] - level[0]), op
+
+# %% ../../nbs/bench/04_updates.ipynb #15b19b96
+@patch
+def peak(self:MemoryTrace,
+    name:str, # of a part; the last one of this name
+)->tuple: # most bytes above those at its beginning, bytes left at its end, the operation that asked for the most
+    "What a part allocated; zeros if there was no such part"
+    begin, end = next(((b, e) for b, e, n in self.spans[::-1] if n == name), (0, 0))
+    i, j = np.searchsorted(self.when, [begin, end], 'right')
+    level = np.r_[self.level[i-1] if i else 0, self.level[i:j]]
+    most = int(level.argmax())
+    at = self.when[i+most-1] if most else end
+    asked = (n for b, e, n in self.spans if most and begin <= b <= at <= e and n.startswith('aten::'))
+    return int(level[most] - level[0]), int(level[-1] - level[0]), next(asked, '')
 
 # %% ../../nbs/bench/04_updates.ipynb #cbb9f942
 def layer_memory(
-    t:MemoryTrace,       # of a step that ends in an update
-    part:str, name:str,  # 'collector' or 'update', and the name of a layer
-    shape:tuple,         # (O, K) of its weight
-    values:int,          # active weights
-)->dict:
-    "Peak of a layer's memory, in bytes, and how it compares with what is granted"
+    t:MemoryTrace, # of a step that ends in an update
+    part:str,      # 'collector' or 'update'
+    name:str,      # of a layer
+    shape:tuple,   # (O, K) of its weight
+    values:int,    # active weights
+)->dict: # bytes; `arrays` is a number of arrays
+    "Peak of a layer's memory, and how it compares with what is granted"
     O, K = shape
     peak, left, op = t.peak(f'{part} {name}')
-    peak += 4*O*K*(part == 'collector')
+    if part == 'collector': peak += 4*O*K
     granted = 6*O*K + 4*O*O
-    return dict(layer=name, rows=O, columns=K, active=values, peak=peak, granted=granted, arrays=max(0., (peak - granted)/(4*values)), left=left, at=op)
+    return dict(layer=name, rows=O, columns=K, active=values, peak=peak, granted=granted,
+                arrays=max(0., (peak - granted)/(4*values)), left=left, at=op)
+
+# %% ../../nbs/bench/04_updates.ipynb #abf694f9
+def _trace(step):
+    "Memory of a call, with the parts 'collector LAYER' and 'update LAYER'"
+    layers = step.upd.layers
+    owner = lambda c: next(n for n, m in layers.items() if m.collect is c)
+    collecting = around(Collector, '__call__', lambda c, *_: record_function(f'collector {owner(c)}'))
+    updating = around(Updater, '_update_layer', lambda _, n, *__: record_function(f'update {n}'))
+    with collecting, updating: return MemoryTrace(step)
+
+# %% ../../nbs/bench/04_updates.ipynb #f08a9a8e
+def _step_peaks(t):
+    "Most bytes during the plain step and during the one that ends in an update"
+    plain, armed = (next(b for b, _, n in t.spans if n == p) for p in ('plain', 'armed'))
+    last = t.when >= armed
+    return dict(plain=int(t.level[(t.when >= plain) & ~last].max()), armed=int(t.level[last].max()))
 
 # %% ../../nbs/bench/04_updates.ipynb #5942d6de
 def update_memory(
     step:UpdateStep, # is called
 )->dict: # 'plain' and 'armed': peak of the whole step; 'collector' and 'update': the worst layer
     "Memory that an update needs, in bytes"
-    layers, parts = step.upd.layers, ['collector']*(step.upd.grow != 'random') + ['update']
-    owner = lambda c: next(n for n, m in layers.items() if m.collect is c)
-    with around(Collector, '__call__', lambda c, *_: record_function(f'collector {owner(c)}')), \
-         around(Updater, '_update_layer', lambda _, n, *__: record_function(f'update {n}')): t = MemoryTrace(step)
-    start = {p: next(b for b, _, n in t.spans if n == p) for p in ('plain', 'armed')}
-    armed = t.when >= start['armed']
-    plain = (t.when >= start['plain']) & ~armed
-    worst = {p: max((layer_memory(t, p, n, m.shape, m.values.numel()) for n, m in layers.items()), key=lambda r: r['peak'] - r['granted']) for p in parts}
-    return dict(plain=int(t.level[plain].max()), armed=int(t.level[armed].max()), **worst)
+    t, layers = _trace(step), step.upd.layers
+    def worst(part):
+        found = [layer_memory(t, part, n, m.structure.shape, m.values.numel()) for n, m in layers.items()]
+        return max(found, key=lambda r: r['peak'] - r['granted'])
+    parts = ['collector']*(step.upd.grow != 'random') + ['update']
+    return _step_peaks(t) | {p: worst(p) for p in parts}
 
 # %% ../../nbs/bench/04_updates.ipynb #a3395577
 def update_variants(
@@ -164,59 +188,101 @@ def update_record(
 )->dict: # times in milliseconds, share in [0, 1]
     "What was measured of a rule"
     s = dict(zip(('all', *Watch.parts), np.array(samples).T))
-    after = s['next'] - s['plain']
-    gradient, update = s['armed'] - s['plain'] - s['collector'], s['collector'] + s['update'] + after
+    after, gradient = s['next'] - s['plain'], s['armed'] - s['plain'] - s['collector']
+    update = s['collector'] + s['update'] + after
     mid = lambda v: spread(v)['ms']
-    return dict(zip(('rule', 'grow', 'part'), variant), **spread(update), collector_ms=mid(s['collector']), step_ms=mid(s['update']), next_ms=mid(after),
-                gradient=spread(gradient), plain_ms=mid(s['plain']), share=mid(update + gradient)/(T*plain))
+    return dict(zip(('rule', 'grow', 'part'), variant), **spread(update), collector_ms=mid(s['collector']),
+                step_ms=mid(s['update']), next_ms=mid(after), gradient=spread(gradient), plain_ms=mid(s['plain']),
+                share=mid(update + gradient)/(T*plain))
+
+# %% ../../nbs/bench/04_updates.ipynb #8dcb53b6
+def _run_updates(fns, watch, repeats):
+    "Samples of all variants, register peak meanwhile"
+    run, flops = fma_burst(1_000_000) or (None, None)
+    for f in fns.values(): f(); f.changed.clear()
+    say(f'  {len(fns)} variants built, measuring')
+    turns = fns | ({'peak': run} if run else {})
+    timed = {k: 10 if k == 'peak' else 2 for k in turns}
+    with around(Collector, '__call__', lambda *_: watch('collector')):
+        samples = interleave(turns, repeats, skip=0, timed=timed, meter=watch.read)
+    peak = flops/1e6/spread([s[0] for s in samples.pop('peak')])['ms'] if run else None
+    return samples, peak
+
+# %% ../../nbs/bench/04_updates.ipynb #96a43bd3
+def _update_records(fns, samples, T):
+    "The plain step, and the record of each variant with what it moved and its memory"
+    plain, rows = spread([s[1+Watch.parts.index('plain')] for v in samples.values() for s in v]), []
+    for v, s in samples.items():
+        more = dict(changed=float(np.median(fns[v].changed)), memory=update_memory(fns[v]))
+        rows.append(update_record(v, s, plain['ms'], T) | more)
+    return dict(plain=plain, updates=rows)
 
 # %% ../../nbs/bench/04_updates.ipynb #454b0989
 def measure_updates(
-    name:str, dist:str, density:float, B:int, batch:int, fmt:str, # network, distribution, density, block size, images, memory format
-    fused:bool,     # fuse it?
-    variants:list,  # from `update_variants`
-    T:int,          # steps between updates
-    repeats:int,    # rounds in which every variant has its turn
+    name:str,      # of a network
+    dist:str,      # distribution
+    density:float, # over all weights of the network
+    B:int,         # block size
+    batch:int,     # images
+    fmt:str,       # memory format
+    fused:bool,    # fuse it?
+    variants:list, # from `update_variants`
+    T:int,         # steps between updates
+    repeats:int,   # rounds in which every variant has its turn
 )->dict:
     "Steps that change the structure, with all rules, in turns"
-    watch, burst = Watch(), fma_burst(1_000_000)
-    model = wither(sparse_model(name, dist, density, B, fused))
+    watch, model = Watch(), wither(sparse_model(name, dist, density, B, fused))
     fns = {v: UpdateStep(copy.deepcopy(model), batch, fmt, *v, watch) for v in variants}
-    for f in fns.values(): f(); f.changed.clear()
-    say(f'  {len(fns)} variants built, measuring')
-    turns = fns | ({'peak': burst[0]} if burst else {})
-    with around(Collector, '__call__', lambda *_: watch('collector')):
-        samples = interleave(turns, repeats, skip=0, timed={k: 10 if k == 'peak' else 2 for k in turns}, meter=watch.read)
+    samples, peak = _run_updates(fns, watch, repeats)
     say('  measured, following the memory')
-    peak = burst[1]/1e6/spread([s[0] for s in samples.pop('peak')])['ms'] if burst else None
-    plain = spread([s[1+Watch.parts.index('plain')] for v in samples.values() for s in v])
-    rows = [update_record(v, s, plain['ms'], T) | dict(changed=float(np.median(fns[v].changed)), memory=update_memory(fns[v])) for v, s in samples.items()]
-    return dict(model=name, distribution=dist, density=density, format=fmt, batch=batch, fused=fused, T=T, peak_gflops=peak, plain=plain, updates=rows)
+    return dict(model=name, distribution=dist, density=density, format=fmt, batch=batch, fused=fused, T=T,
+                peak_gflops=peak, **_update_records(fns, samples, T))
 
-# %% ../../nbs/bench/04_updates.ipynb #2c6dbe46
+# %% ../../nbs/bench/04_updates.ipynb #90feb0d6
+def _update_name(u):
+    "A rule, its way to grow, and of how much of the batch if not of all"
+    of = '' if u['part'] == 1 else f" of {u['part']:g}"
+    return f"{u['rule']}, {u['grow']}{of}"
+
+# %% ../../nbs/bench/04_updates.ipynb #6cc3603c
+_UPDATE_HEAD = ['update', 'collector', 'step', 'next', 'gradient', 'share %', 'changed %', '+MB', 'MB', 'granted',
+                'arrays', 'in', 'by']
+
 def _update_line(u):
     "A rule's line of the table"
     m, mb = u['memory'], lambda b: f'{b/1e6:.2f}'
-    part = max((p for p in ('collector', 'update') if p in m), key=lambda p: m[p]['peak'] - m[p]['granted'])
-    w, of = m[part], '' if u['part'] == 1 else f" of {u['part']:g}"
-    return [f"{u['rule']}, {u['grow']}{of}", *(f'{u[k]:.1f}' for k in ('ms', 'collector_ms', 'step_ms', 'next_ms')), f"{u['gradient']['ms']:.1f}", f"{100*u['share']:.2f}", f"{100*u['changed']:.1f}",
-            mb(m['armed'] - m['plain']), mb(w['peak']), mb(w['granted']), f"{w['arrays']:.1f}", f"{part} {w['layer']}", w['at'].removeprefix('aten::')]
+    parts = [p for p in ('collector', 'update') if p in m]
+    part = max(parts, key=lambda p: m[p]['peak'] - m[p]['granted'])
+    worst = m[part]
+    times = u['ms'], u['collector_ms'], u['step_ms'], u['next_ms'], u['gradient']['ms']
+    return [_update_name(u), *(f'{t:.1f}' for t in times), f"{100*u['share']:.2f}", f"{100*u['changed']:.1f}",
+            mb(m['armed'] - m['plain']), mb(worst['peak']), mb(worst['granted']), f"{worst['arrays']:.1f}",
+            f"{part} {worst['layer']}", worst['at'].removeprefix('aten::')]
+
+# %% ../../nbs/bench/04_updates.ipynb #b3683149
+def _update_table(r):
+    "A network's table"
+    head = f"{r['model']}, {r['distribution']} {r['density']:g}" + ', fused'*r['fused']
+    if r['format'] == 'nchw': head += ', nchw'
+    below = f"a plain step of {r['batch']} images: {r['plain']['ms']:.1f} ms; an update every {r['T']} steps"
+    return text_table([[head, *_UPDATE_HEAD], *map(_update_line, r['updates'])]) + '\n' + below
+
+# %% ../../nbs/bench/04_updates.ipynb #2c6dbe46
+_UPDATE_WORDS = (
+    'update: ms beside the dense gradients, the sum of collector (reducing them), step (Updater.step) and next '
+    '(what the step after it takes longer);\n'
+    'gradient: ms that the products take longer; share: of update and gradient in the time of all steps; '
+    'changed: active weights at new places;\n'
+    '+MB: what the peak of the whole step grows by; MB: peak of the layer that exceeds what is granted most, '
+    'dense gradient included; granted: dense\n'
+    'gradient, two booleans a weight, a float for each pair of rows; arrays: the rest, in arrays of the size '
+    'of the active weights; by: the operation')
 
 def updates_table(
     records:list, # of networks
 )->str:
     "The tables of several networks, one line for each rule and way to grow"
-    def table(r):
-        head = f"{r['model']}, {r['distribution']} {r['density']:g}{', fused' if r['fused'] else ''}{', nchw' if r['format'] == 'nchw' else ''}"
-        return text_table([[head, 'update', 'collector', 'step', 'next', 'gradient', 'share %', 'changed %', '+MB', 'MB', 'granted', 'arrays', 'in', 'by'], *map(_update_line, r['updates'])]) \
-            + f"\na plain step of {r['batch']} images: {r['plain']['ms']:.1f} ms; an update every {r['T']} steps"
-    return '\n\n'.join([*map(table, records), _UPDATE_WORDS])
-
-# %% ../../nbs/bench/04_updates.ipynb #81548955
-_UPDATE_WORDS = """update: ms beside the dense gradients, the sum of collector (reducing them), step (Updater.step) and next (what the step after it takes longer);
-gradient: ms that the products take longer; share: of update and gradient in the time of all steps; changed: active weights at new places;
-+MB: what the peak of the whole step grows by; MB: peak of the layer that exceeds what is granted most, dense gradient included; granted: dense
-gradient, two booleans a weight, a float for each pair of rows; arrays: the rest, in arrays of the size of the active weights; by: the operation"""
+    return '\n\n'.join([*map(_update_table, records), _UPDATE_WORDS])
 
 # %% ../../nbs/bench/04_updates.ipynb #af31f0c8
 def plot_updates(
@@ -224,44 +290,60 @@ def plot_updates(
 ):
     "Share of the training time that goes into updates and into the dense gradients for them"
     bars = [(r, u) for r in records for u in r['updates']]
-    fig = figure(9, .25*len(bars) + 1.2)
-    ax, y, left = fig.subplots(), range(len(bars)), np.zeros(len(bars))
-    kinds = dict(gradient=lambda u: u['gradient']['ms'], collector=lambda u: u['collector_ms'], update=lambda u: u['step_ms'], next=lambda u: u['next_ms'])
+    kinds = dict(gradient=lambda u: u['gradient']['ms'], collector=lambda u: u['collector_ms'],
+                 update=lambda u: u['step_ms'], next=lambda u: u['next_ms'])
+    fig, y, left = figure(9, .25*len(bars) + 1.2), range(len(bars)), np.zeros(len(bars))
+    ax = fig.subplots()
     for ink, (label, ms) in zip((SOFT, INK, NEW, OLD), kinds.items()):
         width = np.array([max(0, 100*ms(u)/(r['T']*r['plain']['ms'])) for r, u in bars])
-        ax.barh(y, width, .7, left=left, color=ink, label=label); left += width
-    ax.set_yticks(y, [f"{r['model']} {_update_line(u)[0]}" for r, u in bars]); ax.invert_yaxis()
-    ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
-    plain_axes(ax, '% of training time')
+        ax.barh(y, width, .7, left=left, color=ink, label=label)
+        left += width
+    name_bars(ax, [f"{r['model']} {_update_name(u)}" for r, u in bars], '% of training time')
     return fig
 
 # %% ../../nbs/bench/04_updates.ipynb #b6259ff8
-UPDATE_OPTIONS = [(['--model'], dict(metavar='M[,M...]'), 'wrn-22-2,vgg-d', 'wrn-22-2', "networks"),
-                  (['--rule'], dict(metavar='R[,R...]'), ','.join(RULES), ','.join(RULES), f"how weights are dropped and grown: {', '.join(RULES)}"),
-                  (['--grow'], dict(metavar='G[,G...]'), 'gradient,norm,random', 'gradient', "what growth goes by: gradient, norm or random, where the rule allows it"),
-                  (['--part'], dict(metavar='P[,P...]'), '1,.25', '1', "shares of the batch that dense gradients are made of, in (0, 1]"),
-                  (['--T'], dict(type=int, metavar='N'), 100, 100, "steps between two updates"),
-                  (['--distribution'], dict(metavar='D[,D...]'), 'erk', 'erk', "how the density is shared out: uniform, er or erk"),
-                  (['--no_fuse'], dict(action='store_true'), False, False, "measure the networks as they are (default: BatchNorm and ReLU fused)"),
-                  (['--density'], dict(metavar='D[,D...]'), '.1', '.1', "shares of active weights over the whole network, in (0, 1]"),
-                  (['--repeats'], dict(type=int, metavar='N'), 3, 1, "rounds in which everything has its turn of two updates, each after two other steps"),
-                  *[o for o in COMMON_OPTIONS if o[0] != ['--no_compile']]]
+UPDATE_OPTIONS = [
+    (['--model'], dict(metavar='M[,M...]'), 'wrn-22-2,vgg-d', 'wrn-22-2', "networks"),
+    (['--rule'], dict(metavar='R[,R...]'), ','.join(RULES), ','.join(RULES),
+     f"how weights are dropped and grown: {', '.join(RULES)}"),
+    (['--grow'], dict(metavar='G[,G...]'), 'gradient,norm,random', 'gradient',
+     "what growth goes by: gradient, norm or random, where the rule allows it"),
+    (['--part'], dict(metavar='P[,P...]'), '1,.25', '1',
+     "shares of the batch that dense gradients are made of, in (0, 1]"),
+    (['--T'], dict(type=int, metavar='N'), 100, 100, "steps between two updates"),
+    (['--distribution'], dict(metavar='D[,D...]'), 'erk', 'erk', "how the density is shared out: uniform, er or erk"),
+    (['--no_fuse'], dict(action='store_true'), False, False,
+     "measure the networks as they are (default: BatchNorm and ReLU fused)"),
+    (['--density'], dict(metavar='D[,D...]'), '.1', '.1', "shares of active weights over the whole network, in (0, 1]"),
+    (['--repeats'], dict(type=int, metavar='N'), 3, 1,
+     "rounds in which everything has its turn of two updates, each after two other steps"),
+    *[o for o in COMMON_OPTIONS if o[0] != ['--no_compile']]]
+
+# %% ../../nbs/bench/04_updates.ipynb #6a7b047a
+def _checked_updates(given):
+    "The options of the command, and the variants they ask for"
+    o = checked(UPDATE_OPTIONS, given)
+    o['model'] = [canonical_name(n.strip()) for n in o['model'].split(',')]
+    o['distribution'] = words('distribution', o['distribution'], ['uniform', 'er', 'erk'])
+    o['rule'] = words('rule', o['rule'], list(RULES))
+    o['grow'] = words('grow', o['grow'], ['gradient', 'norm', 'random'])
+    o['part'] = numbers(o['part'], 'part', 'the batch')
+    return o, update_variants(o['rule'], o['grow'], o['part'], o['T'])
 
 # %% ../../nbs/bench/04_updates.ipynb #4aa8ba67
 def update_job(
     given:dict, # options that were given
 ): # function without arguments that measures, prints and writes
     "What `dsb bench update` is going to do"
-    o = checked(UPDATE_OPTIONS, given)
-    o['model'] = [canonical_name(n.strip()) for n in o['model'].split(',')]
-    for k, known in dict(distribution=['uniform', 'er', 'erk'], rule=list(RULES), grow=['gradient', 'norm', 'random']).items(): o[k] = words(k, o[k], known)
-    o['part'] = numbers(o['part'], 'part', 'the batch')
-    variants = update_variants(o['rule'], o['grow'], o['part'], o['T'])
-    cases = [(n, *k, f) for n in o['model'] for k in sparse_plans(n, o['distribution'], o['density'], o['block_size']) for f in o['format']]
+    o, variants = _checked_updates(given)
+    B, cases = o['block_size'], []
+    for n in o['model']:
+        for k in sparse_plans(n, o['distribution'], o['density'], B): cases += [(n, *k, f) for f in o['format']]
     def measure():
         results = []
         for i, (n, dist, d, f) in enumerate(cases, 1):
             say(f'{i} of {len(cases)}: {n}, {dist} {d:g}')
-            results.append(measure_updates(n, dist, d, o['block_size'], o['batch'], f, not o['no_fuse'], variants, o['T'], o['repeats']))
+            how = not o['no_fuse'], variants, o['T'], o['repeats']
+            results.append(measure_updates(n, dist, d, B, o['batch'], f, *how))
         return results, []
     return lambda: run_bench(o, measure, updates_table, plot_updates)
