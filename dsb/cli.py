@@ -437,14 +437,12 @@ def bench_command(
     argv:list, # the words after `dsb bench`
 )->int:        # exit status
     "Time layers or whole training steps"
-    from dsb.bench.timing import JOBS as cpu_jobs
-    from dsb.bench.gpu import GPU_OPTIONS, gpu_job
-    JOBS = cpu_jobs | dict(gpu=(gpu_job, GPU_OPTIONS, 'time layers and whole training steps on a GPU, against every dense mode'))
+    from dsb.bench.jobs import JOBS, find_job
     if not argv or argv[0] in ('-h', '--help'):
-        print('usage: dsb bench COMMAND [options]\n\n' + '\n'.join(f'  dsb bench {n:<8} {about}' for n, (_, _, about) in JOBS.items()) + '\n\ndsb bench COMMAND --help says more')
+        print('usage: dsb bench COMMAND [options]\n\n' + '\n'.join(f'  dsb bench {n:<8} {about}' for n, (*_, about) in JOBS.items()) + '\n\ndsb bench COMMAND --help says more')
         return 0
     if argv[0] not in JOBS: fail(f"unknown command 'bench {argv[0]}': expected bench {', bench '.join(JOBS)}{near(argv[0], JOBS)}")
-    job, options, about = JOBS[argv[0]]
+    job, options, about = find_job(argv[0])
     given = vars(_parse(_bench_parser(argv[0], options, about), argv[1:]))
     try: run = job(given)
     except ValueError as e: fail(e)

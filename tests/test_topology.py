@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 import dsb
-from dsb.bench.timing import wither
+from dsb.bench.updates import wither
 from dsb.structure.rules import RULES, Collector, Weights, confirm_drops
 
 @st.composite
