@@ -15,7 +15,7 @@ class Method(NamedTuple):
     blocks:bool # shuffled blocks, or single entries; None: a dense network
     grow:str    # what growth goes by: 'gradient' or 'random'; None: nothing moves
     start:str   # places that start active: 'cover', 'magnitude' or 'random'; None: all
-    twin:str    # the method that differs in moving or staying alone
+    twin:str    # the method that moves where this one stays, or stays where it moves
     says:str    # in a few words
 
 # %% ../../nbs/structure/05_methods.ipynb #951c1995
@@ -68,13 +68,15 @@ def check_setting(
     raise ValueError(f'{name}={v!r}: expected {s.expected}')
 
 # %% ../../nbs/structure/05_methods.ipynb #4e0ed4b4
-_OF_UPDATES,_OF_BLOCKS = ('T','T_end','alpha','rule','grow','accumulate','part'),('rule','grow')
+_OF_UPDATES = 'T','T_end','alpha','rule','grow','accumulate','part'
+_OF_GROWING_BLOCKS = 'rule','grow'
 
 def ignored(
     method:str, # a key of `METHODS`
 )->tuple: # names of settings
     "What makes no difference to a method"
     m = METHODS[method]
-    dense = ('block_size','distribution','start') if m.blocks is None else ()
-    single = ('block_size',)+(_OF_BLOCKS if m.grow else ()) if m.blocks is False else ()
-    return ('sparsity',)*(method=='dense') + dense + single + (() if m.grow else _OF_UPDATES)
+    names = ('sparsity',) if method=='dense' else ()
+    if m.blocks is None: names += 'block_size','distribution','start'
+    if m.blocks is False: names += 'block_size',*(_OF_GROWING_BLOCKS if m.grow else ())
+    return names if m.grow else names+_OF_UPDATES

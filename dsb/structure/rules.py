@@ -40,7 +40,17 @@ def confirm_drops(
     B = planned.shape[1]
     tile = planned.view(-1,B,B)   # block, its column, its row
     n = tile.int()
-    return (tile & ((2*n.sum(1,keepdim=True)>=B) | (2*n.sum(2,keepdim=True)>=B))).view_as(planned)
+    in_row,in_column = n.sum(1, keepdim=True),n.sum(2, keepdim=True)
+    return (tile & ((2*in_row>=B) | (2*in_column>=B))).view_as(planned)
+
+# %% ../../nbs/structure/06_rules.ipynb #9660aec9
+def _sample(
+    dW:Tensor, # (O, K)
+)->Tensor: # about 8192 entries
+    "Entries from all parts of a matrix"
+    step = max(1, dW.numel()//8192)
+    while gcd(step, dW.shape[1])>1: step += 1
+    return dW.reshape(-1)[::step]
 
 # %% ../../nbs/structure/06_rules.ipynb #3d9811d8
 def largest(
@@ -61,11 +71,6 @@ def largest(
     order = falling(v)[:k]
     return found[order],v[order]
 
-def _sample(dW)->Tensor: # about 8192 entries of every part of `dW`
-    step = max(1, dW.numel()//8192)
-    while gcd(step, dW.shape[1])>1: step += 1                            # else it would meet the same few columns again and again
-    return dW.reshape(-1)[::step]
-
 # %% ../../nbs/structure/06_rules.ipynb #746fcc84
 class Collector:
     "Keeps of a step's dense gradient what a rule needs"
@@ -79,56 +84,87 @@ class Collector:
         values:Tensor=None,  # of the layer; their `grad` tells which backward passes belong to a step
         counting:bool=False, # only count how often the layer is used in a step?
     ):
-        self.s,self.k,self.columns,self.whole,self.norms,self.part,self.counting = s,k,columns,whole,norms,part,counting
+        self.s,self.k,self.columns,self.whole = s,k,columns,whole
+        self.norms,self.part,self.counting = norms,part,counting
         self.values = None if values is None else weakref.ref(values)
         self.total,self.total_compact,self.closed = None,None,False
         self._forget()
 
-    def _forget(self):
-        self.uses,self.task,self.torn,self.finite = 0,-1,False,True
-        self.dense = self.compact = self.active = None
+# %% ../../nbs/structure/06_rules.ipynb #bccd6680
+@patch
+def _forget(self:Collector):
+    "As if nothing had come in this step"
+    self.uses,self.task,self.torn,self.finite = 0,-1,False,True
+    self.dense,self.compact,self.active = None,None,None
 
-    def __call__(self,
-        dW:Tensor,           # (O, K); None: just one more use
-        compact:Tensor=None, # gradient of `values`; None: that in `dW`
-    ):
-        if self.closed: return               # after the step: of another loss, whose gradient nobody uses here
-        if self._anew(): self._forget()
-        self.uses,self.task = self.uses+1,torch._C._current_graph_task_id()
-        if self.counting: return
-        if self.whole: self.dense,self.compact = _added(self.dense, dW),_added(self.compact, compact)
-        elif self.uses==1: self._reduce(dW, compact)
-        else: self.torn,self.active = True,None
+# %% ../../nbs/structure/06_rules.ipynb #56be6732
+def _positions(s)->Tensor: # int64
+    "Flat positions of the active weights"
+    i = s.index().view(-1)
+    return i[i>=0] if s.padded else i
 
-def _added(a, b): return b if b is None else b.clone() if a is None else a.add_(b)
+def _present(s:ShuffledBlocks)->Tensor: # (G,) float
+    "Rows of each group that are there"
+    return (s.rows.view(-1,s.block_size)>=0).sum(1).float()
+
+# %% ../../nbs/structure/06_rules.ipynb #cd485f4a
+@patch
+def _reduce(self:Collector,
+    dW:Tensor,      # (O, K), or its bound
+    compact:Tensor, # gradient of `values`; None: that in `dW`
+):
+    "Keep what the rule needs"
+    s = self.s
+    self.active = s.gather(dW).abs_()
+    self.gradient = self.active if compact is None else compact.abs()
+    self.finite = all(o.isfinite() for o in (*dW.aminmax(), *self.gradient.aminmax()))
+    if self.k or not self.columns: self.places,self.scores = largest(dW, _positions(s), self.k)
+    if self.columns: self.norm = column_norms(dW, s.rows, s.block_size)/_present(s).sqrt()[:,None]
+
+# %% ../../nbs/structure/06_rules.ipynb #59e095ae
+@patch
+def __call__(self:Collector,
+    dW:Tensor,           # (O, K); None: just one more use
+    compact:Tensor=None, # gradient of `values`; None: that in `dW`
+):
+    "Take in the gradient of one use of the layer"
+    if self.closed: return
+    if self._anew(): self._forget()
+    self.uses,self.task = self.uses+1,torch._C._current_graph_task_id()
+    if self.counting: return
+    if self.whole: self.dense,self.compact = _added(self.dense, dW),_added(self.compact, compact)
+    elif self.uses==1: self._reduce(dW, compact)
+    else: self.torn,self.active = True,None
+
+def _added(
+    a, b,      # tensors, or None
+    own=False, # is `b` ours to keep?
+): # `a` with `b` added to it
+    "The sum of two tensors, either of which may be missing"
+    if b is None: return a
+    if a is None: return b if own else b.clone()
+    return a.add_(b)
 
 # %% ../../nbs/structure/06_rules.ipynb #ce341392
 @patch
 def _anew(self:Collector)->bool:
-    "Was what came before no part of this step? Another backward pass, and nothing of it is left in the gradient"
+    "Was what came before no part of this step?"
     if not self.uses or torch._C._current_graph_task_id()==self.task or self.values is None: return False
     p = self.values()
     return p is not None and (p.grad is None or not bool(p.grad.any()))
 
+# %% ../../nbs/structure/06_rules.ipynb #19e6eae6
 @patch
 def commit(self:Collector)->int: # how often the layer was used in it
     "The optimizer has stepped: what came belongs to that step, what comes to the next one"
-    self.total,self.total_compact = (a if b is None else b if a is None else a.add_(b) for a,b in ((self.total,self.dense),(self.total_compact,self.compact)))
+    self.total = _added(self.total, self.dense, own=True)
+    self.total_compact = _added(self.total_compact, self.compact, own=True)
     self.dense = self.compact = None
     self.closed = self.uses>0 and not self.whole
     uses,self.uses,self.task = self.uses,0,-1
     return uses
 
-# %% ../../nbs/structure/06_rules.ipynb #cd485f4a
-@patch
-def _reduce(self:Collector, dW, compact):
-    s = self.s
-    self.active = s.gather(dW).abs_()                                    # on the same scale as what is kept of the inactive
-    self.gradient = self.active if compact is None else compact.abs()    # of the loss
-    self.finite = all(o.isfinite() for o in (*dW.aminmax(), *self.gradient.aminmax()))
-    if self.k or not self.columns: self.places,self.scores = largest(dW, _positions(s), self.k)
-    if self.columns: self.norm = column_norms(dW, s.rows, s.block_size)/_present(s).sqrt()[:,None]
-
+# %% ../../nbs/structure/06_rules.ipynb #1c0bca87
 @patch
 def finish(self:Collector)->bool: # None if no gradient came
     "Is the gradient complete and finite? To be asked after the last `commit`"
@@ -137,14 +173,6 @@ def finish(self:Collector)->bool: # None if no gradient came
         self.total = self.total_compact = None
     if self.torn: return False
     return None if self.active is None else bool(self.finite)
-
-def _positions(s)->Tensor: # flat, of the active weights
-    i = s.index().view(-1)
-    return i[i>=0] if s.padded else i
-
-def _present(s:ShuffledBlocks)->Tensor: # (G,) float
-    "Rows of each group that are there"
-    return (s.rows.view(-1,s.block_size)>=0).sum(1).float()
 
 # %% ../../nbs/structure/06_rules.ipynb #38d48ac6
 def grow_by_gradient(
@@ -157,6 +185,21 @@ def grow_by_gradient(
     scores = torch.cat([c.scores, c.active[drop].to(c.scores.dtype)])
     return places[falling(scores)[:int(drop.sum())]]
 
+# %% ../../nbs/structure/06_rules.ipynb #a8eb8121
+def _drawn(
+    taken:Tensor, # (n,) bool, places that are not free
+    free:int,     # number of free ones
+    k:int,        # how many are wanted
+    generator:torch.Generator,
+)->Tensor: # at least `k` flat positions, rising
+    "Different free places, found by trying"
+    n,places = len(taken),taken.new_empty(0, dtype=torch.long)
+    while len(places)<k:
+        tries = (2*k+64)*n//free
+        tried = torch.randint(n, (tries,), generator=generator, device='cpu').to(taken.device)
+        places = torch.cat([places, tried[~taken[tried]]]).unique()
+    return places
+
 # %% ../../nbs/structure/06_rules.ipynb #fef7b0f5
 def grow_at_random(
     s:Structure, drop:Tensor,  # as in `grow_by_gradient`
@@ -165,14 +208,11 @@ def grow_at_random(
     "Random places among the inactive and the dropped"
     k,n = int(drop.sum()),s.shape[0]*s.shape[1]
     taken = s.mask().view(-1).index_fill_(0, s.index()[drop], False)
-    free,draws = n-int(taken.count_nonzero()),2*k+64
-    if 3*k>free: places = taken.logical_not_().nonzero().view(-1)
-    else:
-        places = taken.new_empty(0, dtype=torch.long)
-        while len(places)<k:                                        # far more places than are wanted: try some, keep the free ones
-            tried = torch.randint(n, (draws*n//free,), generator=generator, device='cpu').to(taken.device)
-            places = torch.cat([places, tried[~taken[tried]]]).unique()
-    return places[torch.randperm(len(places), generator=generator, device='cpu')[:k].to(places.device)]
+    free = n-int(taken.count_nonzero())
+    few = 3*k>free
+    places = taken.logical_not_().nonzero().view(-1) if few else _drawn(taken, free, k, generator)
+    order = torch.randperm(len(places), generator=generator, device='cpu')[:k]
+    return places[order.to(places.device)]
 
 # %% ../../nbs/structure/06_rules.ipynb #488d3765
 class Weights(NamedTuple):
@@ -195,7 +235,8 @@ class Change(NamedTuple):
 # %% ../../nbs/structure/06_rules.ipynb #7741f644
 def _grow(w, drop):
     "Flat positions of as many entries as are dropped"
-    return grow_by_gradient(w.structure, drop, w.seen) if w.seen else grow_at_random(w.structure, drop, w.generator)
+    if w.seen is None: return grow_at_random(w.structure, drop, w.generator)
+    return grow_by_gradient(w.structure, drop, w.seen)
 
 def _mask_after(s, drop, grown): # (O, K) bool
     "Which entries are active after the drops and the growth"
@@ -234,6 +275,7 @@ def _n_short(s:ShuffledBlocks)->int:
     short = (s.rows.view(-1,s.block_size)<0).any(1)
     return int(s.group_ptr.diff()[short][0])//s.block_size if s.padded else 0
 
+# %% ../../nbs/structure/06_rules.ipynb #b323bd22
 def paper(
     w:Weights, f:float, # as in `entries`, but of blocks
 )->Change:
@@ -247,33 +289,7 @@ def paper(
     norms = column_norms(_scores_after(w, drop, grown), rows, B)
     return Change(cut_blocks(norms, rows, s.n_blocks, B, s.shape, _n_short(s)), drop, int(planned.sum()), grown)
 
-paper.keeps,paper.start = 'entries','magnitude'   # what the collector keeps; the start that was published with it
-
-# %% ../../nbs/structure/06_rules.ipynb #8c6ea04c
-def _uses(
-    channel:Tensor, # (G, K) input channel of each column
-    at:Tensor,      # flat positions in `channel`
-)->Tensor: # (channels,)
-    "How many of the columns at `at` each channel has"
-    return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
-
-def _dropped(
-    s:ShuffledBlocks,
-    out:Tensor, # numbers of columns
-)->Tensor: # bool, like the values
-    "Mark the weights of whole columns"
-    drop = torch.zeros(len(s.cols), dtype=torch.bool, device=out.device).index_fill_(0, out, True)
-    drop = drop[:,None].expand(-1, s.block_size)
-    return (drop & (s.index()>=0) if s.padded else drop).contiguous()
-
-def _new_entries(
-    at:Tensor, # flat positions of columns, group·K + column
-    new:ShuffledBlocks,
-)->Tensor: # flat positions of entries
-    "The entries of the columns that `new` has and that are not at `at`"
-    was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
-    i = new.index()[~was[new.col_group*new.shape[1] + new.cols.long()]].view(-1)
-    return i[i>=0]
+paper.keeps,paper.start = 'entries','magnitude'
 
 # %% ../../nbs/structure/06_rules.ipynb #c80236d7
 def _withering(
@@ -285,6 +301,24 @@ def _withering(
     order = falling(-worth)
     if below is not None: n = int((worth[order[:n]] < below*worth.median()).sum())
     return order.tensor_split([n])
+
+# %% ../../nbs/structure/06_rules.ipynb #60fa89df
+def _dropped(
+    s:ShuffledBlocks,
+    out:Tensor, # numbers of columns
+)->Tensor: # bool, like the values
+    "Mark the weights of whole columns"
+    drop = torch.zeros(len(s.cols), dtype=torch.bool, device=out.device).index_fill_(0, out, True)
+    drop = drop[:,None].expand(-1, s.block_size)
+    return (drop & (s.index()>=0) if s.padded else drop).contiguous()
+
+# %% ../../nbs/structure/06_rules.ipynb #8c6ea04c
+def _uses(
+    channel:Tensor, # (G, K) input channel of each column
+    at:Tensor,      # flat positions in `channel`
+)->Tensor: # (channels,)
+    "How many of the columns at `at` each channel has"
+    return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
 
 # %% ../../nbs/structure/06_rules.ipynb #5b39fa5c
 def _exchange(
@@ -300,17 +334,31 @@ def _exchange(
     key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
     return cut_blocks(key, s.rows, s.n_blocks, s.block_size, s.shape, _n_short(s))
 
+# %% ../../nbs/structure/06_rules.ipynb #1d1bfe99
+def _new_entries(
+    at:Tensor, # flat positions of columns, group·K + column
+    new:ShuffledBlocks,
+)->Tensor: # flat positions of entries
+    "The entries of the columns that `new` has and that are not at `at`"
+    was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
+    i = new.index()[~was[new.col_group*new.shape[1] + new.cols.long()]].view(-1)
+    return i[i>=0]
+
 # %% ../../nbs/structure/06_rules.ipynb #0199d4b1
 def _candidates(
     w:Weights,
 )->Tensor: # (G, K) float
     "Worth of the columns that could come: norm of the gradient, or chance"
-    if w.seen: return w.seen.norm.float()
+    if w.seen is not None: return w.seen.norm.float()
     s,chance = w.structure,dict(generator=w.generator, dtype=torch.float32, device='cpu')
     return torch.rand(s.n_groups, s.shape[1], **chance).to(s.cols.device)
 
 # %% ../../nbs/structure/06_rules.ipynb #7428bca4
-def _per_row(t, s): # (n_blocks·B,), from one number for each column to its mean over the rows that are there
+def _per_row(
+    t, # (n_blocks·B,) a number for each column
+    s, # its structure
+)->Tensor: # (n_blocks·B,)
+    "The mean over the rows that are there, of a sum over rows"
     return t/_present(s)[s.col_group]
 
 def mean_square(
@@ -319,6 +367,7 @@ def mean_square(
     "Mean square of each column's weights"
     return _per_row(w.values.detach().float().square().sum(1), w.structure)
 
+# %% ../../nbs/structure/06_rules.ipynb #bd9bc641
 def root_mean_square(
     w:Weights, # of blocks
 )->Tensor: # (n_blocks·B,) float
@@ -338,25 +387,27 @@ class ColumnRule:
     ):
         self.__name__,self.worth,self.spread,self.below,self.needs = name,worth,spread,below,needs
 
-    def __call__(self,
-        w:Weights, f:float, # as in `entries`, but of blocks
-    )->Change:
-        s = w.structure
-        if self.needs and w.seen is None: raise ValueError(_needs_gradient.format(self.__name__))
-        worth = self.worth(w)
-        n = int(f*len(worth))
-        out,stay = _withering(worth, n, self.below)
-        planned = int(_dropped(s, falling(-worth)[:n]).sum())
-        if not len(out): return Change(s, _dropped(s, out), planned, out)
-        channel = channels_of(s.rows, s.block_size, s.shape, w.taps, w.groups) if self.spread else None
-        new = _exchange(s, out, stay, _candidates(w), channel)
-        return Change(new, _dropped(s, out), planned, _new_entries(s.col_group*s.shape[1] + s.cols.long(), new))
-
     def __repr__(self):
         settings = dict(worth=self.worth.__name__, spread=self.spread, below=self.below)
         return f"{self.__name__}: {', '.join(f'{k}={v}' for k,v in settings.items())}"
 
+# %% ../../nbs/structure/06_rules.ipynb #d94463f7
 _needs_gradient = "rule={!r} needs gradients: use grow='gradient' or 'norm', or rule='columns'"
+
+@patch
+def __call__(self:ColumnRule,
+    w:Weights, f:float, # as in `entries`, but of blocks
+)->Change:
+    "What goes, what comes, and the structure that makes"
+    if self.needs and w.seen is None: raise ValueError(_needs_gradient.format(self.__name__))
+    s,worth = w.structure,self.worth(w)
+    n = int(f*len(worth))
+    out,stay = _withering(worth, n, self.below)
+    planned = int(_dropped(s, falling(-worth)[:n]).sum())
+    if not len(out): return Change(s, _dropped(s, out), planned, out)
+    channel = channels_of(s.rows, s.block_size, s.shape, w.taps, w.groups) if self.spread else None
+    new = _exchange(s, out, stay, _candidates(w), channel)
+    return Change(new, _dropped(s, out), planned, _new_entries(s.col_group*s.shape[1] + s.cols.long(), new))
 
 # %% ../../nbs/structure/06_rules.ipynb #19cb6ed3
 columns = ColumnRule('columns', mean_square)
@@ -388,5 +439,5 @@ def swap(
 swap.keeps = 'entries'
 
 # %% ../../nbs/structure/06_rules.ipynb #5f0de51b
-RULES = {o.__name__:o for o in (paper,columns,saliency,cover,swap)}   # those of blocks, by name
+RULES = {o.__name__:o for o in (paper,columns,saliency,cover,swap)}
 DEFAULT_RULE = 'cover'
