@@ -25,13 +25,14 @@ def save_whole(
     "`torch.save` that leaves the old file or the new one, never half of one"
     with whole_file(path) as tmp: torch.save(obj, tmp)
 
-# %% ../../nbs/training/07_folder.ipynb #a07854bb
+# %% ../../nbs/training/07_folder.ipynb #5673cdf5
 def _remove_empty(folders):
     "Remove those of some folders, innermost first, that are there and empty"
     for p in folders:
         with suppress(OSError): p.rmdir()
 
-def _cannot_write(out, e):
+# %% ../../nbs/training/07_folder.ipynb #a07854bb
+def _cannot_write(out, e): # the error to raise
     return ValueError(f"cannot write to --out {out} ({e.strerror or e}): choose a folder that can be written to")
 
 def make_folder(
@@ -47,10 +48,11 @@ def make_folder(
         raise _cannot_write(out, e) from None
     return new
 
-# %% ../../nbs/training/07_folder.ipynb #b40e75d8
+# %% ../../nbs/training/07_folder.ipynb #c58900c9
 class InUse(ValueError):
     "A run that is going on uses the folder"
 
+# %% ../../nbs/training/07_folder.ipynb #b40e75d8
 def numbered(
     out:Path, # folder
     i:int,    # from 1
@@ -58,6 +60,7 @@ def numbered(
     "The `i`-th folder of this name: `out`, `out`-2, `out`-3, ..."
     return out if i < 2 else out.with_name(f'{out.name}-{i}')
 
+# %% ../../nbs/training/07_folder.ipynb #a212fa44
 def _make_new(out):
     "(i, folders that were made, innermost first) for the first i whose numbered folder is not there"
     above = [p for p in out.parents if not os.path.exists(p)]
@@ -107,6 +110,7 @@ def release(self:Claim):
     if self.fd is not None: os.close(self.fd)
     self.fd = None
 
+# %% ../../nbs/training/07_folder.ipynb #0efce7a9
 @patch
 def undo(self:Claim):
     "Release the folder; where it was made for this run and holds no checkpoint, remove it and what was made for it"
@@ -130,69 +134,92 @@ def holding(
     finally:
         if claim: claim.release()
 
-# %% ../../nbs/training/07_folder.ipynb #d9b79e8c
+# %% ../../nbs/training/07_folder.ipynb #7231080f
 FORMAT = {'name': 'dsb-run', 'version': 1}
-_KEYS = {'config', 'info', 'model', 'opt', 'upd', 'step', 'epoch', 'batch', 'history', 'best', 'start', 'rng'}
+_PARTS = dict(info=dict, model=dict, opt=dict, best=dict, start=dict, history=list, rng=list,
+              step=int, epoch=int, batch=int)   # and what each must be
+_KEYS = {'config', 'upd', *_PARTS}
 
-def load_checkpoint(
-    path, # `last.pt` or `best.pt` of a run, or the run's folder
-)->tuple: # (path of the file, its dictionary on the CPU)
-    "A run's checkpoint, checked"
-    path = Path(path)
-    if os.path.isdir(path): path = path/'last.pt'
-    if not os.path.exists(path): raise ValueError(f"no checkpoint at {path}: expected last.pt or best.pt of a run, or the run's folder")
-    wrong = f"{path} is not a checkpoint of dsb"
-    try: ck = torch.load(path, map_location='cpu', weights_only=True)
+# %% ../../nbs/training/07_folder.ipynb #4b8bf66b
+def _read_checkpoint(path):
+    "What torch finds in a file"
+    try: return torch.load(path, map_location='cpu', weights_only=True)
     except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror or e}): name another") from None
-    except Exception as e: raise ValueError(f"{wrong} ({type(e).__name__} while reading): truncated or of another program; try best.pt, or start anew") from None
+    except Exception as e:
+        raise ValueError(f"{path} is not a checkpoint of dsb ({type(e).__name__} while reading): "
+                         "truncated or of another program; try best.pt, or start anew") from None
+
+# %% ../../nbs/training/07_folder.ipynb #80918c4d
+def _check_format(path, ck):
+    "Raise unless what was read is a checkpoint, of the version that this dsb reads, with all its parts"
+    wrong = f"{path} is not a checkpoint of dsb"
     got = ck.get('format') if isinstance(ck, dict) else None
-    if not isinstance(got, dict) or got.get('name') != FORMAT['name']: raise ValueError(f"{wrong}: it has no 'format' entry {FORMAT['name']!r}; expected last.pt or best.pt of a run")
-    if got.get('version') != FORMAT['version']: raise ValueError(f"{path} has format version {got.get('version')}: this dsb reads version {FORMAT['version']}; use the dsb that wrote it")
+    if not isinstance(got, dict) or got.get('name') != FORMAT['name']:
+        raise ValueError(f"{wrong}: it has no 'format' entry {FORMAT['name']!r}; expected last.pt or best.pt of a run")
+    if got.get('version') != FORMAT['version']:
+        raise ValueError(f"{path} has format version {got.get('version')}: "
+                         f"this dsb reads version {FORMAT['version']}; use the dsb that wrote it")
     if _KEYS - ck.keys(): raise ValueError(f"{wrong}: it lacks {', '.join(sorted(_KEYS - ck.keys()))}")
-    try: _check_parts(ck)
-    except ValueError as e: raise ValueError(f"{path} does not fit this dsb: {e}; use the dsb that wrote it") from None
-    return path, ck
 
 # %% ../../nbs/training/07_folder.ipynb #d96b08fa
-_PARTS = dict(info=dict, model=dict, opt=dict, best=dict, start=dict, history=list, rng=list,
-              step=int, epoch=int, batch=int)
-_ROW, _TESTED = ('lr', 'train_loss', 'train_acc'), ('test_loss', 'test_acc')
-_UPDATE = 'step', 'planned', 'confirmed', 'net_changed'
-
 def _check_numbers(where, values, names, right=is_real):
     "Raise unless `values` has a number under each of `names`"
     if not isinstance(values, dict): raise ValueError(f"{where} is {type(values).__name__}, expected an object")
     for k in names:
         if k not in values: raise ValueError(f"{where} lacks {k}")
         if right(values[k]): continue
-        raise ValueError(f"{where} has {k}={values[k]!r}, expected a {'whole '*(right is is_whole)}number")
+        kind = 'whole number' if right is is_whole else 'number'
+        raise ValueError(f"{where} has {k}={values[k]!r}, expected a {kind}")
+
+# %% ../../nbs/training/07_folder.ipynb #0ff49769
+_ROW, _TESTED = ('lr', 'train_loss', 'train_acc'), ('test_loss', 'test_acc')
+_UPDATE = 'step', 'planned', 'confirmed', 'net_changed'
+
+def _check_row(where, row):
+    "Raise unless a line of the history can be printed and drawn"
+    _check_numbers(where, row, ('epoch', 'step'), is_whole)
+    tested = any(row.get(k, 0) is not None for k in _TESTED)
+    _check_numbers(where, row, _ROW + _TESTED if tested else _ROW)
+    if not isinstance(row.get('updates'), list): raise ValueError(f"{where} has no list of updates")
+    for u in row['updates']: _check_numbers(f'an update in {where}', u, _UPDATE)
 
 # %% ../../nbs/training/07_folder.ipynb #7bc4e1f6
 def _check_history(history, done):
     "Raise unless the history has `done` epochs that can be printed and drawn"
     if len(history) != done: raise ValueError(f"the history has {len(history)} epochs, expected {done}")
-    for i, row in enumerate(history, 1):
-        where = f'epoch {i} of the history'
-        _check_numbers(where, row, ('epoch', 'step'), is_whole)
-        _check_numbers(where, row, _ROW + _TESTED*any(row.get(k, 0) is not None for k in _TESTED))
-        if not isinstance(row.get('updates'), list): raise ValueError(f"{where} has no list of updates")
-        for u in row['updates']: _check_numbers(f'an update in {where}', u, _UPDATE)
+    for i, row in enumerate(history, 1): _check_row(f'epoch {i} of the history', row)
     try: json.dumps(history)
     except (TypeError, ValueError) as e: raise ValueError(f"the history cannot be written as JSON ({e})") from None
 
 # %% ../../nbs/training/07_folder.ipynb #2a60f9d3
 def _check_parts(ck):
     "Complete the config of a checkpoint; raise unless it and what is told of the run are as they should be"
-    ck['config'] = asdict(c := config_from(ck['config']))
+    config = config_from(ck['config'])
+    ck['config'] = asdict(config)
     for k, kind in _PARTS.items():
         if not isinstance(ck[k], kind): raise ValueError(f"{k} is {type(ck[k]).__name__}, expected {kind.__name__}")
     _check_numbers('info', ck['info'], ('num_classes', 'image_size', 'in_channels'), is_whole)
     _check_numbers('best', ck['best'], ('acc', 'epoch'))
     _check_numbers('the checkpoint', ck, ('seconds',))
-    _check_history(ck['history'], ck['epoch'] - c.start_epoch)
+    _check_history(ck['history'], ck['epoch'] - config.start_epoch)
     for n, m in ck['start'].items():
         if torch.is_tensor(m) and m.dtype is torch.uint8: continue
         raise ValueError(f"start has no mask of {n}, expected a tensor of bytes")
+
+# %% ../../nbs/training/07_folder.ipynb #d9b79e8c
+def load_checkpoint(
+    path, # `last.pt` or `best.pt` of a run, or the run's folder
+)->tuple: # (path of the file, its dictionary on the CPU)
+    "A run's checkpoint, checked"
+    path = Path(path)
+    if os.path.isdir(path): path = path/'last.pt'
+    if not os.path.exists(path):
+        raise ValueError(f"no checkpoint at {path}: expected last.pt or best.pt of a run, or the run's folder")
+    ck = _read_checkpoint(path)
+    _check_format(path, ck)
+    try: _check_parts(ck)
+    except ValueError as e: raise ValueError(f"{path} does not fit this dsb: {e}; use the dsb that wrote it") from None
+    return path, ck
 
 # %% ../../nbs/training/07_folder.ipynb #a3f70b1c
 @contextmanager
@@ -206,29 +233,32 @@ def one_line(
         says = ' '.join(' '.join(str(e).splitlines()[:2]).split())
         raise ValueError(f"{what}: {type(e).__name__}: {says}") from e
 
-# %% ../../nbs/training/07_folder.ipynb #9b2fb951
+# %% ../../nbs/training/07_folder.ipynb #f1a0c1a7
 class Interrupted(KeyboardInterrupt):
     "The run was told to stop and has saved its state"
     def __init__(self,
         signum:int, # of the signal
         where:str,  # step and epoch, for the message
     ):
-        super().__init__(where); self.signum = signum
+        super().__init__(where)
+        self.signum = signum
 
 class Diverged(RuntimeError):
     "The loss or the weights are no longer finite"
 
+# %% ../../nbs/training/07_folder.ipynb #9b2fb951
 class Signals:
     "While active, SIGINT and SIGTERM are noted in `got` instead of ending the process"
     def __init__(self,
         once:bool=True, # let a second signal end the process?
-    ): self.got, self.once, self.old = None, once, {}
+    ):
+        self.got, self.once, self.before = None, once, {}
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
     def __exit__(self, *args):
-        for s, h in self.old.items(): signal.signal(s, h)
+        for s, h in self.before.items(): signal.signal(s, h)
     def _note(self, signum, frame):
         self.got = signum
         if self.once: self.__exit__()
