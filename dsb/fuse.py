@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
 from .kernels.reference import fits
-from .ops import conv_args, outline, less_wanted, operator, picked, recall, reveal, structure_of
+from .ops import conv_args, outline, less_wanted, operator, allowed, recall, reveal, structure_of
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -75,7 +75,7 @@ def _suits(bn, x, residual):
     "Can the native operator stand in for these operations?"
     if not x.is_cpu or x.dtype!=torch.float32 or x.dim()!=4 or x.numel()<=x.shape[1] or not x.is_contiguous(memory_format=torch.channels_last): return False
     if residual is not None and not (residual.shape==x.shape and residual.dtype==x.dtype and residual.is_cpu and residual.layout is torch.strided): return False
-    if not picked('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
+    if not allowed('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
     return all(_fits_channels(t, x.shape[1]) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)) and _native()
 
 # %% ../nbs/05_fuse.ipynb #c668a40d
