@@ -21,5 +21,6 @@ from .fuse import fuse, unfuse
 from .training.tune import tune
 
 # %% ../nbs/07_init.ipynb #07bce986
-_all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
-         'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'fuse', 'unfuse', 'tune']
+_all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction',
+         'backend', 'backends', 'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers',
+         'Updater', 'fuse', 'unfuse', 'tune']

@@ -24,7 +24,8 @@ def one_of(
     if name in options: return name
     near = get_close_matches(str(name), map(str, options), 1, .5)
     shown = ', '.join(map(str, options[:8])) + (', …' if len(options)>8 else '')
-    raise ValueError(f"{what}={name!r}: expected one of {shown}" + (f"; did you mean {near[0]!r}?" if near else ''))
+    meant = f'; did you mean {near[0]!r}?' if near else ''
+    raise ValueError(f'{what}={name!r}: expected one of {shown}{meant}')
 
 # %% ../nbs/00_core.ipynb #533d0fc0
 def is_whole(
@@ -98,6 +99,7 @@ def _home():
         except (ImportError, KeyError): return None
     return Path(home) if os.path.isabs(home) and os.path.isdir(home) else None
 
+# %% ../nbs/00_core.ipynb #64cf9db1
 def _temporary()->list:
     "This user's folder among the temporary files, where nobody else could move it away"
     try:
@@ -111,7 +113,7 @@ def _temporary()->list:
 def cache_folders()->list:
     "Where libraries may lie, the best place first"
     if os.environ.get('DSB_CACHE'): return [Path(os.environ['DSB_CACHE']).absolute()]
-    xdg, home = os.environ.get('XDG_CACHE_HOME', ''), _home()
+    xdg,home = os.environ.get('XDG_CACHE_HOME', ''),_home()
     base = Path(xdg) if os.path.isabs(xdg) else home and home/'.cache'
     return ([base/'dsb'] if base else []) + _temporary()
 
@@ -132,7 +134,7 @@ def private_folder(
 
 # %% ../nbs/00_core.ipynb #3be7c05f
 def cache_dir()->Path:
-    "The first of `cache_folders` that this user alone can write to, made if need be; the first of all where there is none"
+    "The first of `cache_folders` that this user alone can write to, made if need be; else the first of all"
     folders = cache_folders() or [Path(os.devnull)/'dsb']
     for o in folders:
         with contextlib.suppress(OSError): return private_folder(o)
@@ -144,9 +146,10 @@ def settle_matplotlib():
     env = os.environ
     if env.get('MPLCONFIGDIR') or 'matplotlib' in sys.modules: return
     try:
-        for key, sub in ('XDG_CONFIG_HOME', '.config'), ('XDG_CACHE_HOME', '.cache'):
+        for key,sub in ('XDG_CONFIG_HOME', '.config'), ('XDG_CACHE_HOME', '.cache'):
             d = Path(env.get(key) or Path.home()/sub)/'matplotlib'
-            d.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=d).close()
+            d.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=d).close()
     except (OSError, RuntimeError): env['MPLCONFIGDIR'] = str(cache_dir()/'matplotlib')   # RuntimeError: no home
 
 # %% ../nbs/00_core.ipynb #67984816
@@ -179,7 +182,8 @@ def markdown_table(
     "Rows as a Markdown table"
     head,*rest = rows
     def line(r): return '| ' + ' | '.join(map(str, r)) + ' |'
-    return '\n'.join([line(head), '|'+'|'.join('---' if i in left else '--:' for i in range(len(head)))+'|', *map(line, rest)])
+    rule = '|'.join('---' if i in left else '--:' for i in range(len(head)))
+    return '\n'.join([line(head), f'|{rule}|', *map(line, rest)])
 
 # %% ../nbs/00_core.ipynb #929b0b7b
 def say(

@@ -1,5 +1,6 @@
 "dsb bench: small runs from end to end, what they write, and what is refused before anything is measured"
-import json, re
+import json, re, subprocess, sys
+from pathlib import Path
 import pytest
 import torch
 from dsb.cli import main
@@ -31,7 +32,8 @@ def check_report(report):
     assert report['options'].get('no_compile') is None or any('torch.compile' in n for n in report['notes'])
 
 def test_layers(capsys, tmp_path):
-    words = [*LAYERS, '--layers', '3x3:16@4,1x1:16x24@5/2n1,linear:32x16', '--density', '.2,.5', '--format', 'both', '--plot', str(tmp_path/'p.png')]
+    words = [*LAYERS, '--layers', '3x3:16@4,1x1:16x24@5/2n1,linear:32x16', '--density', '.2,.5', '--format', 'both',
+             '--plot', str(tmp_path/'p.png')]
     printed, report = bench(capsys, tmp_path, words)
     check_report(report)
     rows = report['results']
@@ -41,30 +43,39 @@ def test_layers(capsys, tmp_path):
         assert r['gflops'] == pytest.approx(r['flops']/r['ms']/1e6)
         assert r['share'] is None or r['share'] == pytest.approx(r['gflops']/r['peak_gflops'])
         assert r['dense_ms'] == min(d['ms'] for d in r['dense'].values()) == r['dense'][r['best_dense']]['ms']
-        assert r['ratio'] == pytest.approx(r['dense_ms']/r['ms']) and r['ratio_over_flops'] == pytest.approx(r['ratio']*r['density'])
+        assert r['ratio'] == pytest.approx(r['dense_ms']/r['ms'])
+        assert r['ratio_over_flops'] == pytest.approx(r['ratio']*r['density'])
         for p in r['peers'].values(): assert p['ratio'] == pytest.approx(p['ms']/r['ms'])
-        assert 'plain' in r['peers'] and ('bsr' in r['peers']) == (r['product'] == 'forward' and r['layer'] != '1x1:16x24@5/2n1')
+        fits = r['product'] == 'forward' and r['layer'] != '1x1:16x24@5/2n1'
+        assert 'plain' in r['peers'] and ('bsr' in r['peers']) == fits
     lines = [l for l in printed.splitlines() if re.match(r'\dx\d:|linear:', l)]
     assert len(lines) == len(rows)
-    for line, r in zip(lines, rows): assert line.startswith(r['layer']) and r['product'] in line and r['best_dense'] in line and ('nchw ' in line or r['format'] != 'nchw')
+    for line, r in zip(lines, rows):
+        assert line.startswith(r['layer']) and r['product'] in line and r['best_dense'] in line
+        assert 'nchw ' in line or r['format'] != 'nchw'
 
 def test_work_is_counted_by_hand(capsys, tmp_path):
-    rows = bench(capsys, tmp_path, [*LAYERS, '--layers', '3x3:16@4', '--block_size', '8', '--density', '1'])[1]['results']
+    words = [*LAYERS, '--layers', '3x3:16@4', '--block_size', '8', '--density', '1']
+    rows = bench(capsys, tmp_path, words)[1]['results']
     assert [r['flops'] for r in rows] == [2*16*144*2*16]*3 + [4*16*144*2*16]
     assert [r['density'] for r in rows] == [1]*4
 
 def test_step(capsys, tmp_path):
-    words = [*STEP, '--distribution', 'uniform,erk', '--density', '.2,.4', '--format', 'both', '--plot', str(tmp_path/'p.png')]
+    words = [*STEP, '--distribution', 'uniform,erk', '--density', '.2,.4', '--format', 'both',
+             '--plot', str(tmp_path/'p.png')]
     printed, report = bench(capsys, tmp_path, words)
     check_report(report)
     r, = report['results']
     assert set(r['dense']) == {'nchw', 'channels_last', 'fused'} and (tmp_path/'p.png').exists()
     assert r['dense_ms'] == min(r['dense'][m]['ms'] for m in ('nchw', 'channels_last')) and 0 < r['conv_share'] < 1
-    assert [(s['distribution'], s['density'], s['format']) for s in r['sparse']] == [(d, x, f) for d in ('uniform', 'erk') for x in (.2, .4) for f in ('nchw', 'channels_last')]
+    cases = [(d, x, f) for d in ('uniform', 'erk') for x in (.2, .4) for f in ('nchw', 'channels_last')]
+    assert [(s['distribution'], s['density'], s['format']) for s in r['sparse']] == cases
     for s in r['sparse']:
         assert s['q1'] <= s['ms'] <= s['q3'] and s['n'] == 2 and s['faults'] >= 0
-        assert s['ratio'] == pytest.approx(r['dense_ms']/s['ms']) and s['of_bound'] == pytest.approx(s['ratio']/s['bound_ratio'])
-        assert s['bound_ms'] == pytest.approx(r['dense'][r['best_eager']]['ms']*(1 - r['conv_share']*(1 - s['flop_share'])))
+        assert s['ratio'] == pytest.approx(r['dense_ms']/s['ms'])
+        assert s['of_bound'] == pytest.approx(s['ratio']/s['bound_ratio'])
+        eager = r['dense'][r['best_eager']]['ms']
+        assert s['bound_ms'] == pytest.approx(eager*(1 - r['conv_share']*(1 - s['flop_share'])))
         assert sum(s['shares'].values()) == pytest.approx(1) and s['shares']['sparse kernels'] > 0
         assert f"{s['ms']:.1f}" in printed
     uniform, erk = (next(s['flop_share'] for s in r['sparse'] if s['distribution'] == d) for d in ('uniform', 'erk'))
@@ -77,14 +88,17 @@ def test_step_plain(capsys, tmp_path):
 
 def test_update(capsys, tmp_path):
     "Times that fit together, the worst layers, and one line for each rule and way to grow"
-    printed, report = bench(capsys, tmp_path, [*UPDATE, '--grow', 'gradient,norm,random', '--part', '1,.5', '--T', '10', '--plot', str(tmp_path/'p.png')])
+    words = [*UPDATE, '--grow', 'gradient,norm,random', '--part', '1,.5', '--T', '10', '--plot', str(tmp_path/'p.png')]
+    printed, report = bench(capsys, tmp_path, words)
     check_report(report)
     r, = report['results']
     assert (r['model'], r['T'], r['batch'], r['fused']) == ('wrn-10-1', 10, 2, True) and (tmp_path/'p.png').exists()
-    ways = [(u, g, p) for u in RULES for g, p in (('gradient', 1), ('gradient', .5), ('norm', 1), ('random', 1)) if (u, g) != ('saliency', 'random')]
+    ways = ('gradient', 1), ('gradient', .5), ('norm', 1), ('random', 1)
+    ways = [(u, g, p) for u in RULES for g, p in ways if (u, g) != ('saliency', 'random')]
     assert [(u['rule'], u['grow'], u['part']) for u in r['updates']] == ways
     for u in r['updates']:
-        assert u['q1'] <= u['ms'] <= u['q3'] and u['n'] == 2 and u['step_ms'] > 0 and u['plain_ms'] > 0 and 0 <= u['changed'] < 1
+        assert u['q1'] <= u['ms'] <= u['q3'] and u['n'] == 2
+        assert u['step_ms'] > 0 and u['plain_ms'] > 0 and 0 <= u['changed'] < 1
         assert (u['collector_ms'] > 0) == ('collector' in u['memory']) == (u['grow'] != 'random')
         worst = [u['memory'][p] for p in ('collector', 'update') if p in u['memory']]
         for w in worst:
@@ -96,7 +110,8 @@ def test_update(capsys, tmp_path):
 
 def test_threads_are_given_back(capsys, tmp_path):
     before = torch.get_num_threads()
-    assert bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16', '--threads', '1'])[1]['machine']['threads'] == 1
+    report = bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16', '--threads', '1'])[1]
+    assert report['machine']['threads'] == 1
     assert torch.get_num_threads() == before
 
 def test_compile_that_fails(capsys, tmp_path, monkeypatch):
@@ -107,10 +122,11 @@ def test_compile_that_fails(capsys, tmp_path, monkeypatch):
     assert 'note: wrn-10-1: dense compiled was left out: RuntimeError: no compiler for this' in printed
     assert 'compiled' not in report['results'][0]['dense']
     printed, report = bench(capsys, tmp_path, [*LAYERS[:-1], '--layers', 'linear:16x16'])
-    assert 'linear:16x16: dense compiled forward was left out: RuntimeError: no compiler for this' in printed and len(report['results']) == 4
+    assert 'linear:16x16: dense compiled forward was left out: RuntimeError: no compiler for this' in printed
+    assert len(report['results']) == 4
 
 def test_without_a_peak(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr('dsb.bench.timing._peak_library', lambda: None)
+    monkeypatch.setattr('dsb.bench.timing.peak_library', lambda: None)
     printed, report = bench(capsys, tmp_path, [*LAYERS, '--layers', 'linear:16x16'])
     assert 'no register peak' in printed and {r['share'] for r in report['results']} == {None}
 
@@ -144,6 +160,10 @@ def test_without_native_kernels(capsys, tmp_path):
     ('bench update --T 0', 'T=0: expected a whole number, at least 1'),
     ('bench update --no_compile', 'unknown option --no_compile'),
     ('bench update --density .001', 'wrn-22-2, erk, density 0.001: '),
+    ('bench gpu --device cpu --repeats 0', 'repeats=0: expected a whole number, at least 1'),
+    ('bench gpu --device cpu --density 2', "density='2': expected shares of active weights"),
+    ('bench gpu --device cpu --format nhwc', "format='nhwc': expected nchw, channels_last or both"),
+    ('bench gpu --device cpu --block_size 12', "block_size='12': expected 8, 16, 32 or 64"),
     ('bench layers --json /proc/dsb.json', 'cannot write to --json /proc/dsb.json: '),
     ('bench layers --plot picture.txt', 'cannot write to --plot picture.txt: expected a name that ends in .png'),
 ])
@@ -152,16 +172,37 @@ def test_refused(words, says, capsys):
 
 def test_refused_files(capsys, tmp_path):
     assert 'it is a folder' in refused(capsys, [*LAYERS, '--json', str(tmp_path)])
-    assert 'choose a file in a folder that can be written to' in refused(capsys, [*LAYERS, '--json', str(tmp_path/'no/where.json')])
+    nowhere = str(tmp_path/'no/where.json')
+    assert 'choose a file in a folder that can be written to' in refused(capsys, [*LAYERS, '--json', nowhere])
 
 def test_interrupted(capsys, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr('dsb.bench.timing.measure_layer', stop)
+    monkeypatch.setattr('dsb.bench.layers.measure_layer', stop)
     assert main([*LAYERS, '--json', str(tmp_path/'a.json')]) == 130
     assert not list(tmp_path.iterdir()) and 'nothing was written' in capsys.readouterr().err
 
+def test_the_table_of_commands_is_light():
+    "The commands can be listed without torch, which comes with the one that is wanted"
+    alone = "import sys, types; m = types.ModuleType('dsb'); m.__path__ = ['dsb']; sys.modules['dsb'] = m; " \
+            "from dsb.bench.jobs import JOBS; assert 'torch' not in sys.modules; print(*JOBS)"
+    p = subprocess.run([sys.executable, '-c', alone], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert p.stdout.split() == ['layers', 'step', 'update', 'gpu'], p.stderr
+
+def test_gpu_on_a_processor(capsys, tmp_path):
+    "The command of the GPU, whose report has parts of its own"
+    words = 'bench gpu --device cpu --quick --layers 3x3:32@4n2 --models none --format both'.split()
+    printed, report = bench(capsys, tmp_path, words)
+    assert report['steps'] == [] and {'device', 'ceilings', 'triton'} <= set(report['machine'])
+    kinds = [(r['format'], r['numbers']) for r in report['layers'][::4]]
+    assert kinds == [('nchw', 'tf32'), ('channels_last', 'tf32')]
+    for r in report['layers']:
+        assert r['dense_ms'] == min(r['dense'].values()) == r['dense'][r['best_dense']] and 'plain' in r['peers']
+        assert r['ratio'] == pytest.approx(r['dense_ms']/r['ms'])
+        assert r['of_floor'] == pytest.approx(r['floor_ms']/r['ms'])
+    assert printed.startswith('CPU, torch ') and printed.count('3x3:32@4n2') >= len(report['layers']) == 8
+
 def test_help(capsys):
-    for words in (['bench'], ['bench', 'layers', '--help'], ['bench', 'step', '-h'], ['bench', 'update', '-h']):
-        try: assert main(words) == 0
+    for words in ('bench', 'bench layers --help', 'bench step -h', 'bench update -h', 'bench gpu -h'):
+        try: assert main(words.split()) == 0
         except SystemExit as e: assert e.code == 0
         assert 'usage: dsb bench' in capsys.readouterr().out

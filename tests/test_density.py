@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 from hypothesis import given, settings, strategies as st
 
-from dsb.structure.density import budgets, erk
+from dsb.structure.density import DISTRIBUTIONS, budgets, erk
 from dsb.structure.extract import extract_blocks
 from dsb.training.models import create_model
 
@@ -70,14 +70,15 @@ def test_networks(name):
     shapes, groups = layer_shapes(name)
     for B in (0, 8, 16, 32):
         for sparsity in (.5, .6, .8, .9, .95, .98, .99):
-            for distribution in ('uniform', 'er', 'erk'): check(shapes, sparsity, B, distribution, groups=groups, tolerance=.5)
+            for distribution in DISTRIBUTIONS: check(shapes, sparsity, B, distribution, groups=groups, tolerance=.5)
 
 
 def test_few_networks_miss():
     "From sparsity 0.9 up, only the narrow networks run out of blocks"
     missed = {(n, B, s) for n in NETWORKS for B in (8, 16, 32) for s in (.9, .95, .98, .99)
               if check(layer_shapes(n)[0], s, B) is None}
-    assert missed == {('wrn-22-2', 32, .98), ('wrn-22-2', 32, .99), ('wrn-28-2', 32, .99), ('lenet5', 16, .99), ('lenet5', 32, .99)}
+    assert missed == {('wrn-22-2', 32, .98), ('wrn-22-2', 32, .99), ('wrn-28-2', 32, .99),
+                      ('lenet5', 16, .99), ('lenet5', 32, .99)}
 
 
 def test_stem_and_classifier_dense():
@@ -108,7 +109,7 @@ def layer_tables(draw, max_layers=6):
 
 @settings(max_examples=400, deadline=None)
 @given(layer_tables(), st.floats(0, 1, exclude_max=True), st.sampled_from([0, 1, 2, 3, 4, 8, 16]),
-       st.sampled_from(['uniform', 'er', 'erk']), st.data())
+       st.sampled_from(list(DISTRIBUTIONS)), st.data())
 def test_random_layers(table, sparsity, B, distribution, data):
     shapes, groups = table
     dense = data.draw(st.sets(st.sampled_from(list(shapes)), max_size=2))
@@ -124,14 +125,15 @@ def test_given_densities(table, B, data):
     wanted = {n: data.draw(st.floats(.01, 1)) for n in sorted(names)}
     bs = budgets(shapes, None, B, wanted, groups=groups)
     for n, s in shapes.items():
-        b, B2 = bs[n], max(B, 1)**2
+        b, unit = bs[n], max(B, 1)
         check_layer(b, s, B, groups[n])
-        if n not in wanted: assert b.reason
-        if b.reason == 'full density':   # nearer to all weights than to the most that blocks can cover, but for rounding
-            assert wanted[n]*b.size >= (b.size + (prod(s[1:])//max(B, 1))*max(B, 1)*s[0])/2 - B2
-        if not b.reason:
-            reachable = min(max(wanted[n]*b.size, B2), (prod(s[1:])//max(B, 1))*max(B, 1)*s[0])
-            assert abs(b.active-reachable) <= B2
+        if n not in wanted:
+            assert b.reason
+            continue
+        most = prod(s[1:])//unit*unit*s[0]   # weights that blocks can cover
+        if b.reason == 'full density':       # nearer to all weights than to that, but for rounding
+            assert wanted[n]*b.size >= (b.size+most)/2 - unit**2
+        if not b.reason: assert abs(b.active - min(max(wanted[n]*b.size, unit**2), most)) <= unit**2
 
 
 def iterated_erk(shapes, sparsity):
@@ -158,7 +160,8 @@ def test_unstructured_is_erk(table, sparsity):
     for n, s in shapes.items(): assert abs(ours[n].active - usual[n]*prod(s)) < 1 + 1e-6
 
 
-@pytest.mark.parametrize('shape,B,groups', [((20, 40), 16, 1), ((42, 5, 3, 3), 8, 2), ((32, 16, 3, 3), 16, 1), ((27, 50), 4, 3)])
+@pytest.mark.parametrize('shape,B,groups', [((20, 40), 16, 1), ((42, 5, 3, 3), 8, 2),
+                                            ((32, 16, 3, 3), 16, 1), ((27, 50), 4, 3)])
 def test_extraction_delivers(shape, B, groups):
     "A structure chosen with a budget's block counts has exactly its active weights"
     scores = torch.rand(shape[0], prod(shape[1:]), generator=torch.Generator().manual_seed(0))

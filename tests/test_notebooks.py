@@ -67,7 +67,8 @@ def test_shows_no_errors(nb):
 def test_plots_are_stored(nb):
     "A cell that ends in a plot has the plot in it"
     plots = re.compile(r'^(?:plt\.\w|\w*\.?(?:show|plot)\w*\(|\w+\.(?:plot|imshow|bar|hist)\()')
-    shown = [c for c in read_cells(nb) if c.code and not c.hidden and not c.exported and c.source and plots.match(c.source.splitlines()[-1])]
+    seen = [c for c in read_cells(nb) if c.code and not c.hidden and not c.exported]
+    shown = [c for c in seen if plots.match(c.source.splitlines()[-1])]
     bare = [c.source for c in shown if not any('image/png' in o.get('data', {}) for o in c.outputs)]
     assert not bare, f'no picture stored; run `python -m dsb.dev.site refresh {nb.name}`: {bare}'
 
@@ -75,10 +76,12 @@ INHERITED = 'forward','extra_repr'   # torch says what these are
 
 def undocumented(nb):
     "What is missing, one line each"
-    for s in [s for c in read_cells(nb) if c.exported for s in symbols(c) if s.public and s.name.split(".")[-1] not in INHERITED]:
+    public = [s for c in read_cells(nb) if c.exported for s in symbols(c) if s.public]
+    for s in [s for s in public if s.name.split('.')[-1] not in INHERITED]:
         if not s.doc: yield f'{s.name}: no docstring'
         elif '\n' in s.doc.strip(): yield f'{s.name}: docstring of more than one line'
-        yield from (f'{s.name}: nothing said of parameter {n}' for n,_,_,details in s.params if not details and n[0]!='*')
+        for n,_,_,details in s.params:
+            if not details and n[0]!='*': yield f'{s.name}: nothing said of parameter {n}'
 
 @each
 def test_documents_what_it_exports(nb):

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from dsb.structure.extract import extract_blocks
-from dsb.structure.rules import Collector, paper
+from dsb.structure.rules import Collector, Weights, paper
 
 def blocks_of(s):
     "[(rows, columns)] of each block, in stored order"
@@ -69,7 +69,7 @@ def test_paper_rule_entry_by_entry(seed):
     dW = torch.randn(O,K, generator=g, dtype=torch.double)
     f = [.1,.3,.7][seed%3]
     seen = Collector(s, int(f*s.nnz)); seen(dW)
-    change = paper(s, values, f, seen)
+    change = paper(Weights(s, values, seen), f)
 
     W,active,blocks = s.scatter(values).numpy(),s.mask().numpy(),blocks_of(s)
     planned,stands = dropped(W, blocks, int(f*s.nnz), B)

@@ -8,24 +8,35 @@ import pytest
 from dsb.dev.site import Project, build, main, page_name, readme, symbols, read_cells
 
 project = Project(os.path.dirname(__file__))
-needs_zensical = pytest.mark.skipif(not (find_spec('zensical') and find_spec('latex2mathml')), reason="no zensical here: pip install -e '.[site]'")
+has_zensical = find_spec('zensical') and find_spec('latex2mathml')
+needs_zensical = pytest.mark.skipif(not has_zensical, reason="no zensical here: pip install -e '.[site]'")
 
 PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 def text(source): return dict(cell_type='markdown', metadata={}, source=source)
 def code(source, **data):
-    out = [dict(output_type='execute_result', metadata={}, execution_count=None, data={k.replace('_','/'):v for k,v in data.items()})] if data else []
-    return dict(cell_type='code', metadata={}, execution_count=None, source=source, outputs=out)
+    "A cell with one output, if `data` is given; `text_plain` stands for text/plain"
+    shown = {k.replace('_','/'):v for k,v in data.items()}
+    out = dict(output_type='execute_result', metadata={}, execution_count=None, data=shown)
+    return dict(cell_type='code', metadata={}, execution_count=None, source=source, outputs=[out]*bool(data))
+def write_notebook(f, cells):
+    cells = [dict(c, id=f'c{i}') for i,c in enumerate(cells)]
+    f.parent.mkdir(exist_ok=True)
+    f.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
 
 NOTEBOOKS = {
     'index.ipynb': [
         text('# plane\n\n> Figures and their areas'), code('#| hide\nsecret = 1'),
         text('See [the first steps](tutorials/01_first.ipynb#How-To) and [the licence](../LICENSE). $a^2$'),
-        code('circle(1)', text_plain='3.14'), code('#| echo: false\n#| fig-alt: a dot\ndraw()', image_png=PNG, text_plain='<Figure>')],
+        code('circle(1)', text_plain='3.14'),
+        code('#| echo: false\n#| fig-alt: a dot\ndraw()', image_png=PNG, text_plain='<Figure>')],
     '01_area.ipynb': [
-        text('# area\n\n> Areas'), code('#| default_exp area'), text('`circle` uses $\\pi$. Two things:\n- one\n  - half\n- two'),
+        text('# area\n\n> Areas'), code('#| default_exp area'),
+        text('`circle` uses $\\pi$. Two things:\n- one\n  - half\n- two'),
         code('#| export\ndef circle(\n    r=1., # radius\n): # area\n    "Area of a circle"\n    return 3.14*r*r'),
         code('circle(2)', text_plain='12.56'), code('show()', image_png=PNG), code('#| hide\nhidden_test()')],
-    'tutorials/01_first.ipynb': [text('# First steps'), text('## How To\n\nCall `circle`, see `plane.area`.'), code('plot()', text_markdown='| a | b |\n|---|---|\n| 1 | 2 |')],
+    'tutorials/01_first.ipynb': [
+        text('# First steps'), text('## How To\n\nCall `circle`, see `plane.area`.'),
+        code('plot()', text_markdown='| a | b |\n|---|---|\n| 1 | 2 |')],
     'explanations/02_why.ipynb': [text('# Why')]}
 
 @pytest.fixture
@@ -34,11 +45,9 @@ def small(tmp_path):
     ini = (project.root/'settings.ini').read_text().replace(f'lib_path = {project.lib}', 'lib_path = plane')
     (tmp_path/'settings.ini').write_text(ini)
     shutil.copy(project.root/'zensical.toml', tmp_path)
-    shutil.copytree(project.nbs, tmp_path/'nbs', ignore=lambda d,fs: [f for f in fs if f.endswith('.ipynb') or f in ('tutorials','explanations','images')])
-    for name,cells in NOTEBOOKS.items():
-        f = tmp_path/'nbs'/name
-        f.parent.mkdir(exist_ok=True)
-        f.write_text(json.dumps(dict(cells=[dict(c, id=f'c{i}') for i,c in enumerate(cells)], metadata={}, nbformat=4, nbformat_minor=5)))
+    without = shutil.ignore_patterns('*.ipynb', 'tutorials', 'explanations', 'images')
+    shutil.copytree(project.nbs, tmp_path/'nbs', ignore=without)
+    for name,cells in NOTEBOOKS.items(): write_notebook(tmp_path/'nbs'/name, cells)
     return tmp_path
 
 def test_readme_of_a_small_project(small):
@@ -46,9 +55,9 @@ def test_readme_of_a_small_project(small):
     stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(b'old')
     readme(small)
-    assert (small/'README.md').read_text()=='''<!-- Made by `python -m plane.dev.site readme` from nbs/index.ipynb: edit there. -->
-
-# plane
+    note,_,words = (small/'README.md').read_text().partition('\n\n')
+    assert note=='<!-- Made by `python -m plane.dev.site readme` from nbs/index.ipynb: edit there. -->'
+    assert words=='''# plane
 
 > Figures and their areas
 
@@ -72,19 +81,22 @@ circle(1)
 
 def test_readme_in_sync():
     files = readme(project.root, write=False)
-    differ = [str(f.relative_to(project.root)) for f,data in files.items() if not f.exists() or f.read_bytes()!=data]
-    stale = [str(f.relative_to(project.root)) for f in (project.nbs/'images').glob('readme-*') if f not in files]
-    assert not differ+stale, f'run `python -m dsb.dev.site readme` and commit the result; not as the index has it: {differ+stale}'
+    differ = [f for f,data in files.items() if not f.exists() or f.read_bytes()!=data]
+    stale = [f for f in (project.nbs/'images').glob('readme-*') if f not in files]
+    wrong = [str(f.relative_to(project.root)) for f in differ+stale]
+    assert not wrong, f'run `python -m dsb.dev.site readme` and commit the result; not as the index has it: {wrong}'
 
 def test_readme_and_ci_test_alike():
     command = (project.root/'.ci/run').read_text().rstrip().splitlines()[-1]
-    assert 'pytest' in command and command in (project.root/'README.md').read_text(), f'the README does not tell to run {command!r}, as .ci/run does'
+    told = (project.root/'README.md').read_text()
+    assert 'pytest' in command and command in told, f'the README does not tell to run {command!r}, as .ci/run does'
 
 def test_failing_notebook_is_left_as_it_was(small):
     f = small/'nbs/03_bad.ipynb'
-    f.write_text(json.dumps(dict(cells=[dict(code('1/0', text_plain='old'), id='a')], metadata={}, nbformat=4, nbformat_minor=5)))
+    write_notebook(f, [code('1/0', text_plain='old')])
     before = f.read_bytes()
-    r = subprocess.run([sys.executable,'-m','dsb.dev.site','refresh',f], cwd=project.root, capture_output=True, text=True)
+    command = [sys.executable,'-m','dsb.dev.site','refresh',f]
+    r = subprocess.run(command, cwd=project.root, capture_output=True, text=True)
     assert r.returncode==1 and 'ZeroDivisionError in' in r.stderr
     assert f.read_bytes()==before
 
@@ -137,10 +149,12 @@ def test_site_of_a_small_project(small):
     assert '12.56' in area.text and 'hidden_test' not in area.text and 'secret' not in index.text
     assert 'tutorials/first.html#how-to' in [o.removeprefix('./') for o in index.links]
     assert {'../area.html#circle','../area.html'} <= set(pages['tutorials/first.html'].links)
-    assert index.text.index('First steps') < index.text.index('area') < index.text.index('Why'), 'order of the navigation'
+    order = [index.text.index(o) for o in ('First steps', 'area', 'Why')]
+    assert order==sorted(order), 'order of the navigation'
     assert 'Area of a circle' in (small/'site/search.json').read_text()
     assert 'draw()' not in index.text and 'a dot' in (small/'site/index.html').read_text()
-    assert re.search(r'<li>\s*<p>one</p>\s*<ul>\s*<li>half</li>|<li>one\s*<ul>\s*<li>half</li>', (small/'site/area.html').read_text()), 'nested list'
+    nested = r'<li>\s*<p>one</p>\s*<ul>\s*<li>half</li>|<li>one\s*<ul>\s*<li>half</li>'
+    assert re.search(nested, (small/'site/area.html').read_text()), 'nested list'
 
 @needs_zensical
 def test_build_spares_other_folders(small):

@@ -198,7 +198,7 @@ def test_waits_for_one_that_is_saving(tmp_path):
     "The process of a sweep that was killed may still be saving: the next one waits for the folder"
     import threading
     from dsb.training.sweep import Sweep, make_trainer
-    from dsb.training.train import Claim
+    from dsb.training.folder import Claim
     run = Sweep(write(tmp_path)).runs[1]
     claim = Claim(tmp_path/'r')
     threading.Timer(1, claim.release).start()

@@ -4,8 +4,8 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 import dsb
-from dsb.bench.timing import wither
-from dsb.structure.rules import RULES, Collector, confirm_drops
+from dsb.bench.updates import wither
+from dsb.structure.rules import RULES, Collector, Weights, confirm_drops
 
 @st.composite
 def layers(draw):
@@ -69,8 +69,8 @@ def test_update_does_not_depend_on_threads(name):
     layer = wither(dsb.sparsify(nn.Conv2d(128,128,3), .9))
     s,v,dW = layer.structure,layer.values.detach(),torch.randn(128,1152)
     def update():
-        seen = Collector(s, int(.3*s.nnz), columns=RULES[name][1]=='columns'); seen(dW)
-        return RULES[name][0](s, v, .3, seen, taps=9).structure
+        seen = Collector(s, int(.3*s.nnz), columns=RULES[name].keeps=='columns'); seen(dW)
+        return RULES[name](Weights(s, v, seen, taps=9), .3).structure
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1); one = update()

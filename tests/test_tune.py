@@ -1,12 +1,12 @@
 "Freed memory is kept, by the commands and by `dsb.tune()`, in processes of their own: the setting is for a whole process"
 import json, os, subprocess, sys
 import pytest
-from dsb.training.tune import _libc_name, left_alone
+from dsb.training.tune import left_alone, libc_name
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_') and k not in ('GLIBC_TUNABLES', 'LD_PRELOAD')}
 QUICK = '--data_set digits --model lenet300-100 --epochs 1 --batch_size 64 --n_train 128 --n_test 64 --device cpu'.split()
 KEPT = 'freed memory kept'
-supported = pytest.mark.skipif(bool(left_alone(CLEAN, sys.platform, _libc_name())), reason='malloc is not that of glibc under Linux')
+supported = pytest.mark.skipif(bool(left_alone(CLEAN, sys.platform, libc_name())), reason='malloc is not that of glibc under Linux')
 
 def call(root, *argv, **env):
     "A process in the checkout, with nothing set for malloc but `env`"

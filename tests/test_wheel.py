@@ -7,10 +7,13 @@ BLOCKER = '''
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {'nbdev','execnb','ghapi','IPython','pytest','hypothesis','zensical','latex2mathml','setuptools'}:
+        if name.split('.')[0] in {'nbdev','execnb','ghapi','IPython','pytest','hypothesis','zensical','latex2mathml',
+                                  'setuptools'}:
             raise ModuleNotFoundError(f'{name} is not there for users', name=name)
 sys.meta_path.insert(0, Block())
 '''
+
+def package(root): return [o for o in (root/'dsb').rglob('*') if o.is_file() and '__pycache__' not in o.parts]
 
 @pytest.fixture(scope='module')
 def wheel(root, tmp_path_factory):
@@ -18,12 +21,13 @@ def wheel(root, tmp_path_factory):
     out = tmp_path_factory.mktemp('wheel')
     src = out/'src'
     # a copy, so that the checkout gets no build folder and old build folders do not leak into the wheel
-    files = [o for o in root.iterdir() if o.is_file()] + [o for o in (root/'dsb').rglob('*') if o.is_file() and '__pycache__' not in o.parts]
-    for o in files:
+    for o in [*root.iterdir(), *package(root)]:
+        if not o.is_file(): continue
         to = src/o.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(o.read_bytes())
-    subprocess.run([sys.executable,'-m','pip','wheel','.','-q','--no-deps','--no-build-isolation','-w',out], cwd=src, check=True)
+    command = [sys.executable,'-m','pip','wheel','.','-q','--no-deps','--no-build-isolation','-w',out]
+    subprocess.run(command, cwd=src, check=True)
     return next(out.glob('*.whl'))
 
 @pytest.fixture(scope='module')
@@ -40,7 +44,7 @@ def installed(wheel, tmp_path_factory):
 
 def test_holds_every_file_of_the_package(root, wheel):
     have = {o for o in zipfile.ZipFile(wheel).namelist() if o.startswith('dsb/')}
-    want = {o.relative_to(root).as_posix() for o in (root/'dsb').rglob('*') if o.is_file() and '__pycache__' not in o.parts}
+    want = {o.relative_to(root).as_posix() for o in package(root)}
     assert have==want
 
 def test_metadata(wheel):

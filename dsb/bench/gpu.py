@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'GPU_MODELS', 'GPU_OPTIONS', 'number_mode', 'device_clock', 'take_turns', 'graphed', 'all_graphed',
-           'ceilings', 'floor', 'gpu_tensors', 'rivals', 'layer_turns', 'layer_rows', 'gpu_layers_table', 'GpuStep',
-           'gpu_model', 'step_turns', 'step_rows', 'gpu_steps_table', 'gpu_facts', 'gpu_job']
+           'ceilings', 'floor', 'rivals', 'layer_turns', 'layer_row', 'gpu_layers_table', 'gpu_step', 'step_turns',
+           'step_rows', 'gpu_steps_table', 'gpu_facts', 'gpu_job']
 
 # %% ../../nbs/bench/05_gpu.ipynb #32bb5f18
-import json, time
+import time
 import torch
 import torch.nn.functional as F
 from contextlib import contextmanager
-from torch import nn
-from ..core import say, text_table, whole_file
-from .timing import (FORMATS, as_ms, as_ratio, PRODUCTS, Layer, bsr_weight, dense_products, ends, filled, flop_share,
-                       interleave, numbers, parse_layer, random_structure, sparse_products, spread, warm_up, words, writable)
-from ..training.models import create_model, layer_macs
-from ..ops import backend_module, why_not
-from ..sparsify import sparsify
+from functools import cache
+from .layers import (Layer, bsr_weight, contestants, dense_times, parse_layer, random_structure,
+                              work)
+from .steps import Step, bench_model, flop_share, sparse_model
+from .timing import (FORMATS, as_ms, as_ratio, checked, finish, interleave, left_out, short_reason, spread,
+                              warm_up, words)
+from ..core import say, text_table
+from ..ops import why_not
+from ..structure.blocks import ShuffledBlocks
+from ..training.models import layer_macs
 
 # %% ../../nbs/bench/05_gpu.ipynb #48805c62
 NUMBERS = dict(float32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16)
@@ -26,25 +29,26 @@ NUMBERS = dict(float32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16)
 @contextmanager
 def number_mode(
     name:str, # a key of `NUMBERS`
-):
+): # gives the type of the tensors
     "For a while, let float32 products use TF32 or not"
-    owners = torch.backends.cuda.matmul,torch.backends.cudnn
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [o.allow_tf32 for o in owners]
-    for o in owners: o.allow_tf32 = name=='tf32'
+    for o in owners: o.allow_tf32 = name == 'tf32'
     try: yield NUMBERS[name]
     finally:
-        for o,b in zip(owners, before): o.allow_tf32 = b
+        for o, b in zip(owners, before): o.allow_tf32 = b
 
-# %% ../../nbs/bench/05_gpu.ipynb #f200e77c
+# %% ../../nbs/bench/05_gpu.ipynb #89bf2dea
 def device_clock(
     device:str, # 'cuda' or 'cpu'
 ): # function without arguments: seconds
     "A clock that is read when the device has done its work"
     def read():
-        if device=='cuda': torch.cuda.synchronize()
+        if device == 'cuda': torch.cuda.synchronize()
         return time.perf_counter()
     return read
 
+# %% ../../nbs/bench/05_gpu.ipynb #f200e77c
 def take_turns(
     fns:dict,    # name -> function
     repeats:int, # rounds
@@ -52,14 +56,15 @@ def take_turns(
 )->tuple: # (name -> `spread` of one call, name -> why it is out)
     "Medians of functions that are timed in turns"
     clock = device_clock(device)
-    many,out = warm_up(fns, clock)
+    many, out = warm_up(fns, clock)
     def turn(k):
         for _ in range(many[k]): fns[k]()
-    times = interleave({k:lambda k=k: turn(k) for k in many}, repeats, meter=clock)
-    return {k:spread([t/many[k] for t in v]) for k,v in times.items()},out
+    times = interleave({k: lambda k=k: turn(k) for k in many}, repeats, meter=clock)
+    return {k: spread([t/many[k] for t in v]) for k, v in times.items()}, out
 
-# %% ../../nbs/bench/05_gpu.ipynb #cd4dd2fa
-_pool = []
+# %% ../../nbs/bench/05_gpu.ipynb #04a45083
+@cache
+def _graph_memory(): return torch.cuda.graph_pool_handle()
 
 def graphed(
     f, # function of no arguments whose work is on the current CUDA device
@@ -71,22 +76,30 @@ def graphed(
         for _ in range(3): f()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool[0] if _pool else None): f()
-    if not _pool: _pool.append(graph.pool())
+    with torch.cuda.graph(graph, pool=_graph_memory()): f()
     return graph.replay
 
+# %% ../../nbs/bench/05_gpu.ipynb #cd4dd2fa
 def all_graphed(
     fns:dict,   # name -> function
     device:str, # 'cuda' or 'cpu', where there are no graphs
 )->tuple: # (the same with graphs where possible, notes)
     "As graphs, whatever can be captured"
-    found,notes = dict(fns),[]
-    for k,f in fns.items() if device=='cuda' else ():
+    found, notes = dict(fns), []
+    for k, f in fns.items() if device == 'cuda' else ():
         try: found[k] = graphed(f)
-        except Exception as e: notes.append(f"{' '.join(map(str, k))} is timed without a CUDA graph: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]}")
-    return found,notes
+        except Exception as e: notes.append(f"{' '.join(map(str, k))} is timed without a CUDA graph: {short_reason(e)}")
+    return found, notes
 
-# %% ../../nbs/bench/05_gpu.ipynb #a8bd194b
+# %% ../../nbs/bench/05_gpu.ipynb #b7afdece
+def _ms(f, device): return take_turns(dict(f=f), 5, device)[0]['f']['ms']
+
+def _copy_rate(n, device):
+    "GB/s at which so many float32 numbers are copied"
+    src, dst = torch.ones(n, device=device), torch.empty(n, device=device)
+    return 8*n/1e6/_ms(lambda: dst.copy_(src), device)
+
+# %% ../../nbs/bench/05_gpu.ipynb #55af74a8
 def ceilings(
     device:str,    # 'cuda' or 'cpu'
     kinds:list,    # keys of `NUMBERS`
@@ -94,15 +107,14 @@ def ceilings(
     copy:int=2**28, # numbers that are copied
 )->dict: # 'copy' -> GB/s, kind of numbers -> TFLOP/s
     "What the device can do"
-    src,dst = torch.ones(copy, device=device),torch.empty(copy, device=device)
-    found = dict(copy=8*copy/1e6/take_turns(dict(f=lambda: dst.copy_(src)), 5, device)[0]['f']['ms'])
-    del src,dst
+    found = dict(copy=_copy_rate(copy, device))
     for kind in kinds:
         with number_mode(kind) as dtype:
-            x,w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-            found[kind] = 2*n**3/1e9/take_turns(dict(f=lambda: x @ w), 5, device)[0]['f']['ms']
+            x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+            found[kind] = 2*n**3/1e9/_ms(lambda: x @ w, device)
     return found
 
+# %% ../../nbs/bench/05_gpu.ipynb #a8bd194b
 def floor(
     flops:float, # operations
     nbytes:float, # least bytes to move
@@ -112,205 +124,237 @@ def floor(
     "The least time of a product"
     return max(flops/1e9/rate, nbytes/1e6/copy)
 
-# %% ../../nbs/bench/05_gpu.ipynb #ab236190
-def gpu_tensors(
-    layer:Layer,   # what to compute
-    s,             # structure of the weight
-    fmt:str,       # 'nchw' or 'channels_last'
-    device:str, dtype:torch.dtype, # of the tensors
-)->tuple: # input, gradient of the output, compact weight, dense weight
-    "Random tensors of a layer"
-    g = torch.Generator(device).manual_seed(0)
-    rand = lambda *shape: torch.randn(shape, generator=g, device=device, dtype=dtype)
-    v = rand(len(s.cols), s.block_size)
-    if layer.args is None: return rand(layer.batch, layer.I),rand(layer.batch, layer.O),v,s.scatter(v)
-    fit = lambda t: t.contiguous(memory_format=FORMATS[fmt])
-    x,dy = rand(layer.batch, layer.I, layer.size, layer.size),rand(layer.batch, layer.O, *layer.args.out_size(layer.size, layer.size))
-    return fit(x),fit(dy),v,fit(s.scatter(v).view(layer.O, -1, *layer.args.kernel_size))
+# %% ../../nbs/bench/05_gpu.ipynb #d0b79d7c
+def _bsr_product(layer, s, x):
+    "Torch's block-sparse product of a linear layer, into memory that is there"
+    from torch.sparse._triton_ops import bsr_dense_addmm
+    W = bsr_weight(layer.O, layer.K, s.block_size, s.n_blocks, torch.Generator().manual_seed(0)).to(x.device, x.dtype)
+    out = x.new_empty(layer.O, len(x))
+    return lambda: bsr_dense_addmm(out, W, x.T, beta=0)
 
+def _two_of_four(x, w):
+    "Torch's product with a weight of which every other pair is zero"
+    mask = torch.tensor([1, 1, 0, 0], device=x.device, dtype=x.dtype).repeat(w.numel()//4).view_as(w)
+    half = torch.sparse.to_sparse_semi_structured(w*mask)
+    return lambda: F.linear(x, half)
+
+# %% ../../nbs/bench/05_gpu.ipynb #ab236190
 def rivals(
-    layer:Layer, # a linear one
-    s,           # structure whose number of blocks to take
-    x, w,        # input and dense weight
+    layer:Layer,      # to compute; only linear ones have rivals
+    s:ShuffledBlocks, # structure whose number of blocks to take
+    x, w,             # input and dense weight
 )->dict: # name -> function
-    "Torch's own sparse forward products of a linear layer"
-    def bsr():
-        from torch.sparse._triton_ops import bsr_dense_addmm
-        out = x.new_empty(layer.O, len(x))
-        return lambda: bsr_dense_addmm(out, W, x.T, beta=0)
-    found,B = {},s.block_size
-    if not (layer.O%B or layer.K%B) and x.is_cuda:
-        W = bsr_weight(layer.O, layer.K, B, s.n_blocks, torch.Generator().manual_seed(0)).to(x.device, x.dtype)
-        found['bsr'] = bsr()
-    if x.dtype!=torch.float32 and x.is_cuda:
-        mask = torch.tensor([1,1,0,0], device=x.device, dtype=x.dtype).repeat(w.numel()//4).view_as(w)
-        half = torch.sparse.to_sparse_semi_structured(w*mask)
-        found['2:4'] = lambda: F.linear(x, half)
+    "Torch's own sparse forward products on a GPU"
+    if layer.args or not x.is_cuda: return {}
+    B, found = s.block_size, {}
+    if not (layer.O % B or layer.K % B): found['bsr'] = _bsr_product(layer, s, x)
+    if x.dtype != torch.float32: found['2:4'] = _two_of_four(x, w)
     return found
 
 # %% ../../nbs/bench/05_gpu.ipynb #1ee55528
 def layer_turns(
-    layer:Layer,    # what to compute
-    structures:dict, # density -> structure
-    formats:list,   # of the sparse layer
-    device:str, dtype:torch.dtype, # of the tensors
-    compiled:bool,  # let torch.compile take part?
-)->tuple: # ((who, which, product) -> function, notes)
+    layer:Layer,        # what to compute
+    structures:dict,    # density -> structure, on the device
+    formats:list,       # of the sparse layer
+    device:str,         # 'cuda' or 'cpu'
+    dtype:torch.dtype,  # of the tensors
+    compiled:bool,      # let torch.compile take part?
+)->tuple: # (key of `contestants` -> function, notes)
     "Everything that is timed against each other"
-    from dsb.kernels import reference
-    fns,notes = {},[]
-    for d,s in structures.items():
-        s = s.to(device)
-        for fmt in formats if layer.args else ['contiguous']:
-            x,dy,v,w = gpu_tensors(layer, s, fmt, device, dtype)
-            name,reason = why_not(x, s, layer.args)
-            if reason: notes.append(f'{layer.text}: the sparse side is plain torch: {reason}')
-            fns |= {('sparse',(d,fmt),p):f for p,f in sparse_products(backend_module(name), layer, x, v, dy, s).items()}
-        fns |= {('plain',d,p):f for p,f in sparse_products(reference, layer, x, v, dy, s).items()}
-        if layer.args is None:
-            try: fns |= {(k,d,'forward'):f for k,f in rivals(layer, s, x, w).items()}
-            except Exception as e: notes.append(f'{layer.text}: rivals were left out: {type(e).__name__}: {str(e).splitlines()[0][:150]}')
-    for mode in [*(FORMATS if layer.args else ['eager']), *['compiled']*compiled]:
-        x,dy,_,w = gpu_tensors(layer, s, mode if mode in FORMATS else 'channels_last', device, dtype)
-        for p,f in dense_products(layer).items(): fns['dense',mode,p] = lambda f=torch.compile(f, dynamic=False) if mode=='compiled' else f, x=x, dy=dy, w=w: f(x, w, dy)
-    return fns,notes
+    like = torch.zeros(1, device=device, dtype=dtype)
+    reasons = dict.fromkeys(why_not(like, s, layer.args)[1] for s in structures.values())
+    notes = [f'{layer.text}: the sparse side is plain torch: {r}' for r in reasons if r]
+    def peers(*what):
+        try: return rivals(*what)
+        except Exception as e: notes.append(f'{layer.text}: rivals were left out: {short_reason(e)}')
+        return {}
+    formats = formats if layer.args else ['contiguous']
+    return contestants(layer, structures, formats, compiled, device, dtype, peers), notes
+
+# %% ../../nbs/bench/05_gpu.ipynb #15d1896d
+def _limits(layer, s, product, kind, rates):
+    "Operations, least bytes, and the least time of a product"
+    flops, size = work(layer, s, product), torch.finfo(NUMBERS[kind]).bits//8
+    weights = s.nnz*(2 if product == 'both gradients' else 1)
+    nbytes = size*(layer.batch*layer.I*layer.size**2 + layer.O*layer.pixels + weights)
+    return flops, nbytes, floor(flops, nbytes, rates[kind], rates['copy'])
 
 # %% ../../nbs/bench/05_gpu.ipynb #d19410a4
-def layer_rows(
-    layer:Layer,     # what was computed
-    structures:dict, # density -> structure
-    kind:str,        # key of `NUMBERS`
-    times:dict,      # (who, which, product) -> `spread`
-    rates:dict,      # from `ceilings`
-)->list: # dicts
-    "What was measured of each product, beside its floor"
-    rows,size = [],torch.finfo(NUMBERS[kind]).bits//8
-    for (who,which,p),t in times.items():
-        if who!='sparse': continue
-        d,fmt = which
-        s,many = structures[d],2 if p=='both gradients' else 1
-        dense = {k[1]:v['ms'] for k,v in times.items() if k[0]=='dense' and k[2]==p}
-        best = min(dense, key=dense.get)
-        least = size*(layer.batch*layer.I*layer.size**2 + layer.O*layer.pixels + many*s.nnz)
-        lowest = floor(2*many*s.nnz*layer.pixels, least, rates[kind], rates['copy'])
-        rows.append(dict(layer=layer.text if 'n' in layer.text.removeprefix('linear') else f'{layer.text}n{layer.batch}', batch=layer.batch, numbers=kind, block_size=s.block_size, density=s.density, format=fmt, product=p, **t, tflops=2*many*s.nnz*layer.pixels/1e9/t['ms'],
-                         gbs=least/1e6/t['ms'], floor_ms=lowest, of_floor=lowest/t['ms'], dense=dense, best_dense=best, dense_ms=dense[best], ratio=dense[best]/t['ms'],
-                         peers={w:times[w,d,p]['ms'] for w in ('plain','bsr','2:4') if (w,d,p) in times}))
-    return rows
+def layer_row(
+    layer:Layer,      # what was computed
+    s:ShuffledBlocks, # its structure
+    key:tuple,        # ('sparse', density, format, product)
+    kind:str,         # key of `NUMBERS`
+    times:dict,       # key of `contestants` -> `spread`
+    rates:dict,       # from `ceilings`
+)->dict:
+    "What was measured of a product, beside its floor"
+    _, d, fmt, p = key
+    t, (flops, nbytes, lowest) = times[key], _limits(layer, s, p, kind, rates)
+    dense = {mode: v['ms'] for mode, v in dense_times(times, p).items()}
+    best = min(dense, key=dense.get)
+    peers = {w: times[w, d, p]['ms'] for w in ('plain', 'bsr', '2:4') if (w, d, p) in times}
+    name = layer.text if 'n' in layer.text.removeprefix('linear') else f'{layer.text}n{layer.batch}'
+    return dict(layer=name, batch=layer.batch, numbers=kind, block_size=s.block_size, density=s.density, format=fmt,
+                product=p, **t, tflops=flops/1e9/t['ms'], gbs=nbytes/1e6/t['ms'], floor_ms=lowest,
+                of_floor=lowest/t['ms'], dense=dense, best_dense=best, dense_ms=dense[best], ratio=dense[best]/t['ms'],
+                peers=peers)
 
 # %% ../../nbs/bench/05_gpu.ipynb #17efbbc6
+_ROW_HEAD = ['layer', 'numbers', 'B', 'density', 'product', 'format', 'ms', 'TFLOP/s', 'GB/s', 'of floor', 'dense ms',
+             'by', 'ratio', 'plain', 'BSR', '2:4']
+
+def _row_line(r):
+    "A product's line of the table"
+    peers = [as_ratio(r['peers'][w]/r['ms']) if w in r['peers'] else '—' for w in ('plain', 'bsr', '2:4')]
+    return [r['layer'], r['numbers'], str(r['block_size']), f"{r['density']:.3g}", r['product'], r['format'],
+            as_ms(r['ms']), f"{r['tflops']:.1f}", f"{r['gbs']:.0f}", f"{r['of_floor']:.2f}", as_ms(r['dense_ms']),
+            r['best_dense'], as_ratio(r['ratio']), *peers]
+
 def gpu_layers_table(
-    rows:list, # of `layer_rows`
+    rows:list, # of `layer_row`
 )->str:
     "One line for each product"
-    lines = [['layer','numbers','B','density','product','format','ms','TFLOP/s','GB/s','of floor','dense ms','by','ratio','plain','BSR','2:4']]
-    for r in rows:
-        peer = lambda w: as_ratio(r['peers'][w]/r['ms']) if w in r['peers'] else '—'
-        lines.append([r['layer'], r['numbers'], str(r['block_size']), f"{r['density']:.3g}", r['product'], r['format'], as_ms(r['ms']), f"{r['tflops']:.1f}", f"{r['gbs']:.0f}",
-                      f"{r['of_floor']:.2f}", as_ms(r['dense_ms']), r['best_dense'], as_ratio(r['ratio']), peer('plain'), peer('bsr'), peer('2:4')])
-    return text_table(lines)+'\n\nof floor: the least time, by operations or bytes at the measured ceilings, over ours; ratio: best dense time over ours; others: their time over ours'
+    words = ('of floor: the least time, by operations or bytes at the measured ceilings, over ours; '
+             'ratio: best dense time over ours; others: their time over ours')
+    return text_table([_ROW_HEAD, *map(_row_line, rows)]) + '\n\n' + words
 
 # %% ../../nbs/bench/05_gpu.ipynb #af8ffa47
-class GpuStep:
-    "One training step at each call"
-    def __init__(self,
-        model:nn.Module, # to train, dense or sparse
-        images:tuple,    # (N, C, H, W) of a batch
-        classes:int,     # width of the output
-        fmt:str, kind:str, device:str, # memory format, key of `NUMBERS`, 'cuda' or 'cpu'
-        how:str='',      # 'compiled', 'graph' or ''
-    ):
-        self.kind,self.device,self.fmt = kind,device,FORMATS[fmt]
-        self.x = torch.randn(images, device=device).contiguous(memory_format=self.fmt)
-        self.y = torch.randint(0, classes, images[:1], device=device)
-        self.model = model.to(device, memory_format=self.fmt)
-        self.opt = torch.optim.SGD(self.model.parameters(), lr=.001, momentum=.9)
-        self.run = torch.compile(self.model, dynamic=False) if how=='compiled' else self.model
-        self.call = graphed(self.step) if how=='graph' else self.step
-    def step(self):
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.kind=='bf16', cache_enabled=False): loss = F.cross_entropy(self.run(self.x), self.y)
-        loss.backward()
-        self.opt.step(); self.opt.zero_grad(set_to_none=False)
-    def __call__(self): self.call()
-    def state_bytes(self)->int:
-        "Bytes of weights, gradients and momentum"
-        n = 0
-        for p in self.model.parameters(): n += sum(o.numel()*o.element_size() for o in (p, p.grad, *self.opt.state[p].values()) if isinstance(o, torch.Tensor))
-        return n
+GPU_MODELS = {'wrn-22-8': (128, 32, 10), 'vgg-d': (128, 32, 10), 'ResNet50': (256, 224, 1000)}
+
+def gpu_step(
+    name:str,    # of a network
+    images:tuple, # (batch, height and width of the images, classes)
+    plan,        # (distribution, density, block size); None for dense
+    fmt:str,     # memory format
+    how:str,     # 'compiled', 'graph' or ''
+    kind:str,    # key of `NUMBERS`
+    device:str,  # 'cuda' or 'cpu'
+)->Step:
+    "A variant of a network, ready to step"
+    batch, size, classes = images
+    if plan is None: model = bench_model(name, size, classes)
+    else: model = sparse_model(name, *plan, size=size, classes=classes)
+    return Step(model, batch, fmt, how == 'compiled', size, classes, device, half=kind == 'bf16', free=False,
+                capture=graphed if how == 'graph' else None)
+
+# %% ../../nbs/bench/05_gpu.ipynb #9d665821
+@contextmanager
+def _peak_memory(device):
+    "Gives a dict; in the end its 'peak' is the most memory above that of the beginning, None on a processor"
+    seen = dict(peak=None)
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    yield seen
+    if device == 'cuda': seen['peak'] = torch.cuda.max_memory_allocated() - held
+
+# %% ../../nbs/bench/05_gpu.ipynb #427081ad
+def _step_variants(plans, device, compiled):
+    "Name of a variant -> plan, memory format, and way to run"
+    ways = ['', *['graph']*(device == 'cuda'), *['compiled']*compiled]
+    dense = {('dense', f, how): (None, f, how) for f in FORMATS for how in ways}
+    return dense | {('sparse', p, how): (p, 'nchw', how) for p in plans for how in ways}
 
 # %% ../../nbs/bench/05_gpu.ipynb #af908c44
-GPU_MODELS = {'wrn-22-8':((128,3,32,32),10), 'vgg-d':((128,3,32,32),10), 'ResNet50':((256,3,224,224),1000)}
-
-def gpu_model(
-    name:str, images:tuple, classes:int, # network, batch and width of the output
-    plan=None, # (distribution, density, block size); None for dense
-)->nn.Module:
-    "A network with the same weights at every call"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = create_model(name, num_classes=classes, image_size=images[-1])
-        return model if plan is None else sparsify(model, 1-plan[1], plan[2], plan[0], dense=ends(model))
-
 def step_turns(
-    name:str, images:tuple, classes:int, # as in `gpu_model`
-    plans:list,    # of `gpu_model`
-    kind:str, device:str, # key of `NUMBERS`, 'cuda' or 'cpu'
+    name:str,      # of a network
+    images:tuple,  # as in `gpu_step`
+    plans:list,    # of `gpu_step`
+    kind:str,      # key of `NUMBERS`
+    device:str,    # 'cuda' or 'cpu'
     compiled:bool, # let torch.compile take part?
-)->tuple: # (name -> `spread` and memory, notes)
-    "Steps of a network, one after the other in memory and in turns in time"
-    ways = ['',*['graph']*(device=='cuda'),*['compiled']*compiled]
-    variants = {('dense',f,how):(None,f,how) for f in FORMATS for how in ways}
-    variants |= {('sparse',p,how):(p,'nchw',how) for p in plans for how in ways}
-    steps,memory,notes = {},{},[]
-    for k,(plan,f,how) in variants.items():
+)->tuple: # (name -> `Step`, name -> bytes, notes)
+    "Steps of a network, built one after the other"
+    if compiled: torch._dynamo.reset()
+    steps, memory, out = {}, {}, {}
+    for k, variant in _step_variants(plans, device, compiled).items():
         try:
-            if device=='cuda': torch.cuda.reset_peak_memory_stats(); held = torch.cuda.memory_allocated()
-            s = GpuStep(gpu_model(name, images, classes, plan), images, classes, f, kind, device, how)
-            s(); s()
-            peak = torch.cuda.max_memory_allocated()-held if device=='cuda' else None
-            steps[k],memory[k] = s,dict(peak=peak, state=s.state_bytes())
-        except Exception as e: notes.append(f"{name} {kind}: {' '.join(map(str, k))} was left out: {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}")
-    return steps,memory,notes
+            with _peak_memory(device) as seen:
+                s = gpu_step(name, images, *variant, kind, device)
+                s(); s()
+            steps[k], memory[k] = s, dict(**seen, state=s.state_bytes())
+        except Exception as e: out[k] = short_reason(e)
+    return steps, memory, left_out(f'{name} {kind}', out)
 
-# %% ../../nbs/bench/05_gpu.ipynb #3640e0a7
+# %% ../../nbs/bench/05_gpu.ipynb #f762204e
 def step_rows(
-    name:str, images:tuple, kind:str, # network, batch, key of `NUMBERS`
-    times:dict, memory:dict, # key of `step_turns` -> `spread`, and -> its bytes
-    left:dict,               # plan -> share of the arithmetic that is left
+    name:str,    # of the network
+    batch:int,   # images
+    kind:str,    # key of `NUMBERS`
+    times:dict,  # key of `step_turns` -> `spread`
+    memory:dict, # key of `step_turns` -> bytes
+    left:dict,   # plan -> share of the arithmetic that is left
 )->list: # dicts
     "What was measured of each sparse variant, beside the best dense one"
-    dense = {f'{f} {how}'.strip():v['ms'] for (who,f,how),v in times.items() if who=='dense'}
-    best = min(dense, key=dense.get)
-    least = min((m for k,m in memory.items() if k[0]=='dense'), key=lambda m: m['peak'] or 0)
-    return [dict(model=name, batch=images[0], numbers=kind, distribution=p[0], density=p[1], block_size=p[2], how=how or 'eager', **t, dense=dense, best_dense=best, dense_ms=dense[best],
-                 ratio=dense[best]/t['ms'], flop_share=left[p], peak=memory[who,p,how]['peak'], dense_peak=least['peak'], state_share=memory[who,p,how]['state']/least['state'])
-            for (who,p,how),t in times.items() if who=='sparse']
+    dense = {f'{f} {how}'.strip(): v['ms'] for (who, f, how), v in times.items() if who == 'dense'}
+    best, rows = min(dense, key=dense.get), []
+    least = min((m for k, m in memory.items() if k[0] == 'dense'), key=lambda m: m['peak'] or 0)
+    for (who, p, how), t in times.items():
+        if who == 'dense': continue
+        mine = memory[who, p, how]
+        rows.append(dict(model=name, batch=batch, numbers=kind, distribution=p[0], density=p[1], block_size=p[2],
+                         how=how or 'eager', **t, dense=dense, best_dense=best, dense_ms=dense[best],
+                         ratio=dense[best]/t['ms'], flop_share=left[p], peak=mine['peak'],
+                         dense_peak=least['peak'], state_share=mine['state']/least['state']))
+    return rows
 
+# %% ../../nbs/bench/05_gpu.ipynb #87a635ea
+_STEP_HEAD = ['step', 'numbers', 'variant', 'run', 'ms', 'dense ms', 'by', 'ratio', 'arithmetic left', 'peak MB',
+              'dense MB', 'state']
+
+def _step_line(r):
+    "A variant's line of the table"
+    mb = lambda b: f'{b/1e6:.0f}' if b else '—'
+    return [f"{r['model']}, batch {r['batch']}", r['numbers'],
+            f"{r['distribution']} {r['density']:g} B={r['block_size']}", r['how'], as_ms(r['ms']), as_ms(r['dense_ms']),
+            r['best_dense'], as_ratio(r['ratio']), f"{r['flop_share']:.2f}", mb(r['peak']), mb(r['dense_peak']),
+            f"{r['state_share']:.2f}"]
+
+# %% ../../nbs/bench/05_gpu.ipynb #3640e0a7
 def gpu_steps_table(
     rows:list, # of `step_rows`
 )->str:
     "One line for each sparse variant"
-    lines = [['step','numbers','variant','run','ms','dense ms','by','ratio','arithmetic left','peak MB','dense MB','state']]
-    for r in rows:
-        mb = lambda b: f'{b/1e6:.0f}' if b else '—'
-        lines.append([f"{r['model']}, batch {r['batch']}", r['numbers'], f"{r['distribution']} {r['density']:g} B={r['block_size']}", r['how'], as_ms(r['ms']), as_ms(r['dense_ms']), r['best_dense'],
-                      as_ratio(r['ratio']), f"{r['flop_share']:.2f}", mb(r['peak']), mb(r['dense_peak']), f"{r['state_share']:.2f}"])
-    return text_table(lines)+'\n\nratio: best dense time over ours; peak: most memory of a step; state: weights, gradients and momentum, share of dense'
+    words = ('ratio: best dense time over ours; peak: most memory of a step; '
+             'state: weights, gradients and momentum, share of dense')
+    return text_table([_STEP_HEAD, *map(_step_line, rows)]) + '\n\n' + words
 
 # %% ../../nbs/bench/05_gpu.ipynb #6ac3094d
-_LAYERS = '3x3:64@56n256,3x3:128@28n256,3x3:256@14n256,3x3:512@7n256,1x1:256x64@56n256,1x1:1024x256@14n256,3x3:256@8n128,3x3:512@4n128,linear:4096x4096n16384'
+_LAYERS = ('3x3:64@56n256,3x3:128@28n256,3x3:256@14n256,3x3:512@7n256,1x1:256x64@56n256,1x1:1024x256@14n256,'
+           '3x3:256@8n128,3x3:512@4n128,linear:4096x4096n16384')
 GPU_OPTIONS = [
-    (['--layers'], dict(metavar='L[,L...]'), _LAYERS, '3x3:256@14n256,linear:4096x4096n16384', "as for `dsb bench layers`; default: those of ResNet-50 with 256 images, of VGG-D with 128, and a linear layer with 16384 tokens"),
-    (['--models'], dict(metavar='M[,M...]'), ','.join(GPU_MODELS), 'wrn-22-8', f"networks whose training steps are timed, of {', '.join(GPU_MODELS)}; none for layers alone"),
-    (['--numbers'], dict(metavar='K[,K...]'), 'float32,tf32,bf16', 'tf32', "kinds of numbers: float32 (IEEE), tf32, bf16"),
+    (['--layers'], dict(metavar='L[,L...]'), _LAYERS, '3x3:256@14n256,linear:4096x4096n16384',
+     "as for `dsb bench layers`; default: those of ResNet-50 with 256 images, of VGG-D with 128, and a linear layer "
+     "with 16384 tokens"),
+    (['--models'], dict(metavar='M[,M...]'), ','.join(GPU_MODELS), 'wrn-22-8',
+     f"networks whose training steps are timed, of {', '.join(GPU_MODELS)}; none for layers alone"),
+    (['--numbers'], dict(metavar='K[,K...]'), 'float32,tf32,bf16', 'tf32',
+     "kinds of numbers: float32 (IEEE), tf32, bf16"),
     (['--block_size'], dict(metavar='B[,B...]'), '16,32,64', '32', "block sizes: 8, 16, 32 or 64"),
     (['--density'], dict(metavar='D[,D...]'), '.1,.05', '.1', "shares of active weights, in (0, 1]"),
-    (['--format'], dict(metavar='NAME'), 'nchw', 'nchw', "memory format of the sparse layers: channels_last, nchw or both"),
-    (['--repeats'], dict(type=int, metavar='N'), 9, 3, "rounds in which everything has its turn of about ten milliseconds"),
+    (['--format'], dict(metavar='NAME'), 'nchw', 'nchw',
+     "memory format of the sparse layers: channels_last, nchw or both"),
+    (['--repeats'], dict(type=int, metavar='N'), 9, 3,
+     "rounds in which everything has its turn of about ten milliseconds"),
     (['--no_compile'], dict(action='store_true'), False, True, "leave torch.compile out"),
     (['--device'], dict(metavar='NAME'), 'cuda', 'cuda', "cuda; cpu only shows that the command works"),
     (['--quick'], dict(action='store_true'), False, False, "less of everything"),
     (['--json'], dict(metavar='FILE'), None, None, "write everything that was measured, and on what")]
+
+# %% ../../nbs/bench/05_gpu.ipynb #1197463b
+def _checked_gpu(given):
+    "The options of the command, lists as lists, and the layers"
+    o = checked(GPU_OPTIONS, given)
+    words('device', o['device'], ['cuda', 'cpu'])
+    if o['device'] == 'cuda' and not torch.cuda.is_available():
+        remedy = 'use a machine with one, or `dsb bench layers` and `dsb bench step` for the CPU'
+        raise ValueError(f'device=cuda: torch finds no GPU; {remedy}')
+    o['numbers'] = words('numbers', o['numbers'], list(NUMBERS))
+    o['block_size'] = [int(w) for w in words('block_size', o['block_size'], ['8', '16', '32', '64'])]
+    models = [] if o['models'] == 'none' else words('models', o['models'], list(GPU_MODELS))
+    layers = [] if o['layers'] == 'none' else [parse_layer(t.strip(), 128) for t in o['layers'].split(',')]
+    return o, layers, models
 
 # %% ../../nbs/bench/05_gpu.ipynb #10abb595
 def gpu_facts(
@@ -319,65 +363,69 @@ def gpu_facts(
     "What measures"
     from dsb import __version__
     from dsb.kernels.triton import triton
-    name = torch.cuda.get_device_name() if device=='cuda' else 'CPU'
-    return dict(device=name, torch=torch.__version__, cuda=torch.version.cuda, triton=getattr(triton, '__version__', None), dsb=__version__, date=time.strftime('%Y-%m-%dT%H:%M:%S'))
+    name = torch.cuda.get_device_name() if device == 'cuda' else 'CPU'
+    return dict(device=name, torch=torch.__version__, cuda=torch.version.cuda,
+                triton=getattr(triton, '__version__', None), dsb=__version__, date=time.strftime('%Y-%m-%dT%H:%M:%S'))
 
-def _layer_results(layers, o, rates):
-    rows,notes = [],[]
-    for kind in o['numbers']:
-        for l in layers:
-            for B in o['block_size']:
-                say(f'{l.text}, {kind}, B={B}')
-                structures = {d:random_structure(l.O, l.K, B, d, torch.Generator().manual_seed(0)) for d in o['density']}
-                with number_mode(kind) as dtype, torch.no_grad():
-                    fns,more = layer_turns(l, structures, o['format'], o['device'], dtype, not o['no_compile'])
-                    fns,missed = all_graphed(fns, o['device'])
-                    times,out = take_turns(fns, o['repeats'], o['device'])
-                rows += layer_rows(l, structures, kind, times, rates)
-                notes += more+[f'{l.text} {kind}: {m}' for m in missed]+[f'{l.text} {kind}: {" ".join(map(str, k))} was left out: {why}' for k,why in out.items()]
-    return rows,notes
+# %% ../../nbs/bench/05_gpu.ipynb #6801544c
+def _gpu_layer(layer, kind, B, o, rates):
+    "Rows and notes of a layer"
+    say(f'{layer.text}, {kind}, B={B}')
+    chance = lambda: torch.Generator().manual_seed(0)
+    structures = {d: random_structure(layer.O, layer.K, B, d, chance()).to(o['device']) for d in o['density']}
+    with number_mode(kind) as dtype, torch.no_grad():
+        fns, notes = layer_turns(layer, structures, o['format'], o['device'], dtype, not o['no_compile'])
+        fns, missed = all_graphed(fns, o['device'])
+        times, out = take_turns(fns, o['repeats'], o['device'])
+    rows = [layer_row(layer, structures[k[1]], k, kind, times, rates) for k in times if k[0] == 'sparse']
+    name = f'{layer.text} {kind}'
+    return rows, [*notes, *(f'{name}: {m}' for m in missed), *left_out(name, out)]
 
-def _step_results(models, o):
-    rows,notes = [],[]
-    for name in models:
-        images,classes = GPU_MODELS[name]
-        plans = [('uniform',d,B) for B in o['block_size'] for d in o['density']]
-        macs = layer_macs(gpu_model(name, (1,*images[1:]), classes), images[-1])
-        for kind in o['numbers']:
-            say(f'{name}, {kind}')
-            with number_mode(kind):
-                steps,memory,more = step_turns(name, images, classes, plans, kind, o['device'], not o['no_compile'])
-                times,_ = take_turns(steps, o['repeats'], o['device'])
-            left = {k[1]:flop_share(macs, {n:getattr(m, 'density', 1.) for n,m in s.model.named_modules() if n in macs}) for k,s in steps.items() if k[0]=='sparse'}
-            rows += step_rows(name, images, kind, times, memory, left)
-            notes += more
-    return rows,notes
+# %% ../../nbs/bench/05_gpu.ipynb #9d372967
+def _gpu_network(name, kind, o):
+    "Rows and notes of a network"
+    say(f'{name}, {kind}')
+    images, plans = GPU_MODELS[name], [('uniform', d, B) for B in o['block_size'] for d in o['density']]
+    with number_mode(kind):
+        steps, memory, notes = step_turns(name, images, plans, kind, o['device'], not o['no_compile'])
+        times, out = take_turns(steps, o['repeats'], o['device'])
+    macs, left = layer_macs(bench_model(name, *images[1:]), images[1]), {}
+    for k, s in steps.items():
+        densities = {n: getattr(m, 'density', 1.) for n, m in s.model.named_modules() if n in macs}
+        if k[0] == 'sparse': left[k[1]] = flop_share(macs, densities)
+    rows = step_rows(name, images[0], kind, times, memory, left)
+    return rows, notes + left_out(f'{name} {kind}', out)
+
+# %% ../../nbs/bench/05_gpu.ipynb #ac6b5e3e
+def _measure_gpu(o, layers, models):
+    "Facts, rows of layers, rows of steps, notes"
+    facts, small = gpu_facts(o['device']), {} if o['device'] == 'cuda' else dict(n=512, copy=2**20)
+    rates = ceilings(o['device'], o['numbers'], **small)
+    facts['ceilings'] = rates
+    parts = [_gpu_layer(l, k, B, o, rates) for k in o['numbers'] for l in layers for B in o['block_size']]
+    nets = [_gpu_network(m, k, o) for m in models for k in o['numbers']]
+    notes = [t for _, more in parts + nets for t in more]
+    return facts, [r for rows, _ in parts for r in rows], [r for rows, _ in nets for r in rows], notes
+
+# %% ../../nbs/bench/05_gpu.ipynb #707d0610
+def _gpu_headline(m, o):
+    "The device and what it can do"
+    rates = []
+    for k, v in m['ceilings'].items():
+        unit = 'GB/s' if k == 'copy' else 'TFLOP/s'
+        rates.append(f'{k} {v:.0f} {unit}' if v >= 1 else f'{k} {v:.2g}')
+    return [f"{m['device']}, torch {m['torch']}, triton {m['triton']}, dsb {m['dsb']}, {m['date']}",
+            f"ceilings: {', '.join(rates)}; medians of {o['repeats']} rounds, everything in turns"]
 
 # %% ../../nbs/bench/05_gpu.ipynb #6b202880
 def gpu_job(
     given:dict, # options that were given
 ): # function without arguments that measures, prints and writes
     "What `dsb bench gpu` is going to do"
-    o = filled(GPU_OPTIONS, given)
-    words('device', o['device'], ['cuda','cpu'])
-    if o['device']=='cuda' and not torch.cuda.is_available(): raise ValueError('device=cuda: torch finds no GPU; use a machine with one, or `dsb bench layers` and `dsb bench step` for the CPU')
-    if o['repeats']<1: raise ValueError(f"repeats={o['repeats']}: expected a whole number, at least 1")
-    o['numbers'],o['density'] = words('numbers', o['numbers'], list(NUMBERS)),numbers(o['density'])
-    o['format'] = list(FORMATS) if o['format']=='both' else words('format', o['format'], [*FORMATS,'both'])
-    o['block_size'] = [int(w) for w in words('block_size', o['block_size'], ['8','16','32','64'])]
-    models = [] if o['models']=='none' else words('models', o['models'], list(GPU_MODELS))
-    layers = [] if o['layers']=='none' else [parse_layer(t.strip(), 128) for t in o['layers'].split(',')]
-    writable('json', o['json'])
+    o, layers, models = _checked_gpu(given)
     def run():
-        facts = gpu_facts(o['device'])
-        facts['ceilings'] = ceilings(o['device'], o['numbers'], **({} if o['device']=='cuda' else dict(n=512, copy=2**20)))
-        rows,notes = _layer_results(layers, o, facts['ceilings'])
-        steps,more = _step_results(models, o)
-        rates = ', '.join(f'{k} {v:.0f} {"GB/s" if k=="copy" else "TFLOP/s"}' if v>=1 else f'{k} {v:.2g}' for k,v in facts['ceilings'].items())
-        print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, dsb {facts['dsb']}, {facts['date']}\nceilings: {rates}; medians of {o['repeats']} rounds, everything in turns\n")
-        print('\n\n'.join([*[gpu_layers_table(rows)]*bool(rows), *[gpu_steps_table(steps)]*bool(steps)])+'\n'+''.join(f'\nnote: {n}' for n in dict.fromkeys(notes+more)), flush=True)
-        report = dict(machine=facts, options=o, notes=notes+more, layers=rows, steps=steps)
-        if o['json']:
-            with whole_file(o['json']) as f: f.write_text(json.dumps(report, indent=1)+'\n', encoding='utf-8')
-        return report
+        facts, rows, steps, notes = _measure_gpu(o, layers, models)
+        tables = [*[gpu_layers_table(rows)]*bool(rows), *[gpu_steps_table(steps)]*bool(steps)]
+        report = dict(machine=facts, options=o, notes=notes, layers=rows, steps=steps)
+        return finish(o, _gpu_headline(facts, o), '\n\n'.join(tables), report)
     return run

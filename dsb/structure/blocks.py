@@ -9,11 +9,13 @@ __all__ = ['Structure', 'as_int32', 'ShuffledBlocks', 'mix_bits', 'Unstructured'
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..core import settle_matplotlib
 
 # %% ../../nbs/structure/01_blocks.ipynb #f142cd50
 class Structure:
     "Places of the active weights of an O×K matrix; subclasses say how they are laid out"
     tensors = ()     # names of the integer tensors that define it
+    numbers = ()     # names of the numbers that do so too, beside `shape`
     padded  = False  # does `index` hold -1?
     def index(self)->Tensor: # flat positions, int64, in the layout of `values`; -1 where nothing is stored
         "Place of each entry of `values` in the flattened O×K matrix"
@@ -36,10 +38,10 @@ def scatter(self:Structure,
 )->Tensor: # (O, K), zero where no weight is active
     "Dense matrix holding `values` at their places"
     (O,K),i = self.shape,self.index()
-    if values.shape!=i.shape: raise ValueError(f'values of shape {tuple(values.shape)}: expected {tuple(i.shape)} for {self}')
-    i = i.view(-1)
-    if self.padded: i = torch.where(i<0, O*K, i)   # one place past the end swallows what is not there
-    out = values.new_zeros(O*K+self.padded).index_copy_(0, i, values.reshape(-1))
+    if values.shape!=i.shape:
+        raise ValueError(f'values of shape {tuple(values.shape)}: expected {tuple(i.shape)} for {self}')
+    if self.padded: i = torch.where(i<0, O*K, i)
+    out = values.new_zeros(O*K+self.padded).index_copy_(0, i.view(-1), values.reshape(-1))
     return out[:O*K].view(O,K)
 
 # %% ../../nbs/structure/01_blocks.ipynb #af4f5c7b
@@ -49,7 +51,8 @@ def gather(self:Structure,
 )->Tensor: # compact values, 0 where nothing is stored
     "Entries of `dense` at the active places"
     O,K = self.shape
-    if dense.numel()!=O*K: raise ValueError(f'a dense tensor of shape {tuple(dense.shape)}: expected {O}·{K} entries for {self}')
+    if dense.numel()!=O*K:
+        raise ValueError(f'a dense tensor of shape {tuple(dense.shape)}: expected {O}·{K} entries for {self}')
     i = self.index()
     v = dense.reshape(-1)[i.clamp(min=0)]
     return v.masked_fill(i<0, 0) if self.padded else v
@@ -60,21 +63,29 @@ def density(self:Structure)->float:
     "Active share of the matrix, in (0, 1]"
     return self.nnz/(self.shape[0]*self.shape[1])
 
-@patch(as_prop=True)
-def nbytes(self:Structure)->int:
-    "Bytes of the integer tensors that define it"
-    return sum(t.numel()*t.element_size() for t in self.state().values())
-
 # %% ../../nbs/structure/01_blocks.ipynb #a2a4af50
 @patch
 def state(self:Structure)->dict: # name -> integer tensor
     "The tensors that define it"
     return {o:getattr(self,o) for o in self.tensors}
 
+@patch(as_prop=True)
+def nbytes(self:Structure)->int:
+    "Bytes of the integer tensors that define it"
+    return sum(t.numel()*t.element_size() for t in self.state().values())
+
+# %% ../../nbs/structure/01_blocks.ipynb #da37ad35
 @patch
 def __eq__(self:Structure, other):
-    return (type(self) is type(other) and self.shape==other.shape and self.block_size==other.block_size
-        and all(torch.equal(a,b) for a,b in zip(self.state().values(), other.state().values())))
+    if type(self) is not type(other): return False
+    if (self.shape,self.block_size)!=(other.shape,other.block_size): return False
+    return all(torch.equal(a,b) for a,b in zip(self.state().values(), other.state().values()))
+
+# %% ../../nbs/structure/01_blocks.ipynb #fefd7380
+def _described(t)->str:
+    "Shape and dtype of a tensor, the type of anything else"
+    if not isinstance(t, Tensor): return type(t).__name__
+    return f'shape {tuple(t.shape)} of {str(t.dtype).removeprefix("torch.")}'
 
 # %% ../../nbs/structure/01_blocks.ipynb #26982ef8
 def as_int32(
@@ -87,21 +98,19 @@ def as_int32(
     if t.dtype==torch.int32: return t
     if t.is_complex(): raise ValueError(f'{name}: expected whole numbers, got {_described(t)}')
     whole = t.to(torch.int32)
-    if not (t.is_meta or torch.equal(whole.to(t.dtype), t)): raise ValueError(f'{name}: expected whole numbers below 2³¹, got {_described(t)} with others')
-    return whole
-
-def _described(t): return f'shape {tuple(t.shape)} of {str(t.dtype)[6:]}' if isinstance(t, Tensor) else type(t).__name__
+    if t.is_meta or torch.equal(whole.to(t.dtype), t): return whole
+    raise ValueError(f'{name}: expected whole numbers below 2³¹, got {_described(t)} with others')
 
 # %% ../../nbs/structure/01_blocks.ipynb #6747875a
-def _two(shape)->tuple:
-    "(O, K) as whole numbers"
+def _matrix_shape(shape)->tuple:
+    "(O, K) as whole numbers, or a ValueError"
     if len(shape)!=2: raise ValueError(f'shape={tuple(shape)}: expected (O, K), rows and columns of the weight matrix')
     return tuple(map(int, shape))
 
 # %% ../../nbs/structure/01_blocks.ipynb #3cc4fea5
 class ShuffledBlocks(Structure):
     "Row groups of `block_size` rows and the columns each of them uses"
-    tensors = 'rows','group_ptr','cols'
+    tensors,numbers = ('rows','group_ptr','cols'),('block_size',)
     def __init__(self,
         rows:Tensor,      # (G·B,) row in each slot of each group; -1 marks the absent rows of a short group
         group_ptr:Tensor, # (G+1,) group g uses `cols[group_ptr[g]:group_ptr[g+1]]`; multiples of B
@@ -110,8 +119,8 @@ class ShuffledBlocks(Structure):
         shape:tuple,      # (O, K) of the weight matrix
         check:bool=True,  # validate the tensors?
     ):
-        self.rows,self.group_ptr,self.cols = as_int32('rows', rows),as_int32('group_ptr', group_ptr),as_int32('cols', cols)
-        self.block_size,self.shape,self.cache = int(block_size),_two(shape),{}
+        self.rows,self.group_ptr,self.cols = map(as_int32, self.tensors, (rows,group_ptr,cols))
+        self.block_size,self.shape,self.cache = int(block_size),_matrix_shape(shape),{}
         self.padded,self.values_shape = len(self.rows)!=self.shape[0],(len(self.cols),self.block_size)
         if check: self.validate()
 
@@ -126,6 +135,7 @@ def n_blocks(self:ShuffledBlocks)->int:
     "Number of blocks, over all groups"
     return len(self.cols)//self.block_size
 
+# %% ../../nbs/structure/01_blocks.ipynb #e766634c
 @patch(as_prop=True)
 def col_group(self:ShuffledBlocks)->Tensor:
     "(n_blocks·B,) row group of each active column, int64"
@@ -140,6 +150,7 @@ def index(self:ShuffledBlocks)->Tensor: # (n_blocks·B, B) int64
     i = r*self.shape[1] + self.cols.long()[:,None]
     return i.masked_fill(r<0, -1) if self.padded else i
 
+# %% ../../nbs/structure/01_blocks.ipynb #c9551553
 @patch(as_prop=True)
 def nnz(self:ShuffledBlocks)->int:
     "Number of active weights; absent rows do not count"
@@ -153,52 +164,107 @@ def validate(self:ShuffledBlocks,
     groups:int=1, # convolution groups, which row groups must not cross
 ):
     "Raise `ValueError` naming the first broken rule"
-    (O,K),B,rows,ptr,cols = self.shape,self.block_size,self.rows,self.group_ptr.long(),self.cols.long()
-    def need(ok, msg):
-        if not bool(ok): raise ValueError(f'not a shuffled-block structure: {msg}')
-    need(B>=1, f'block_size={B}, expected at least 1')
-    need(O>=1 and K>=1, f'a weight of {O}×{K}, expected at least 1×1')
-    need(len(rows)%B==0 and len(ptr)==len(rows)//B+1, f'{len(rows)} row slots and {len(ptr)} group pointers, expected G·{B} and G+1')
-    need(torch.equal(rows[rows>=0].sort().values, torch.arange(O, dtype=torch.int32, device=rows.device)), f'rows must hold each of 0..{O-1} once')
-    grid,size = rows.view(-1,B),ptr.diff()
-    need((rows>=-1).all() and (grid[:,0]>=0).all() and ((grid[:,1:]<0)|(grid[:,:-1]>=0)).all(), 'absent rows (-1) must come last in their group')
-    need(ptr[0]==0 and ptr[-1]==len(cols) and (size>=0).all(), f'group_ptr must rise from 0 to {len(cols)}, got {_some(ptr)}')
-    need((size%B==0).all(), f'groups need whole blocks of {B} columns, got {_some(size)}')
-    need(((cols>=0)&(cols<K)).all(), f'columns must lie in 0..{K-1}')
-    key = (self.col_group*K+cols).sort().values
-    need((key[1:]!=key[:-1]).all(), 'a group uses a column twice')
-    of = grid.long()//(O//groups)
-    need(groups==1 or ((of==of[:,:1])|(grid<0)).all(), f'a row group crosses convolution groups, expected rows of one of the {groups} groups only')
+    self._check_sizes()
+    self._check_rows()
+    self._check_lists()
+    self._check_columns()
+    if groups!=1: self._check_crossing(groups)
 
-def _some(t): return str(t.tolist()) if len(t)<9 else f'[{", ".join(map(str, t[:8].tolist()))}, …]' 
+# %% ../../nbs/structure/01_blocks.ipynb #60170a06
+def _need(ok, msg):
+    "Raise the ValueError that says which rule is broken, unless `ok` is true, as a bool or a tensor"
+    if not bool(ok): raise ValueError(f'not a shuffled-block structure: {msg}')
+
+def _first_eight(t)->str:
+    "The numbers of a 1-d tensor, or how they begin"
+    return str(t.tolist()) if len(t)<9 else f'[{", ".join(map(str, t[:8].tolist()))}, …]'
+
+# %% ../../nbs/structure/01_blocks.ipynb #0bf02115
+@patch
+def _check_sizes(self:ShuffledBlocks):
+    "The tensors are as long as they say of each other"
+    (O,K),B,slots,pointers = self.shape,self.block_size,len(self.rows),len(self.group_ptr)
+    _need(B>=1, f'block_size={B}, expected at least 1')
+    _need(O>=1 and K>=1, f'a weight of {O}×{K}, expected at least 1×1')
+    _need(slots%B==0 and pointers==slots//B+1,
+          f'{slots} row slots and {pointers} group pointers, expected G·{B} and G+1')
+
+# %% ../../nbs/structure/01_blocks.ipynb #09d079da
+@patch
+def _check_rows(self:ShuffledBlocks):
+    "Every row is in one slot, and absent ones come last"
+    O,rows,grid = self.shape[0],self.rows,self.rows.view(-1,self.block_size)
+    every = torch.arange(O, dtype=torch.int32, device=rows.device)
+    _need(torch.equal(rows[rows>=0].sort().values, every), f'rows must hold each of 0..{O-1} once')
+    last = (grid[:,1:]<0)|(grid[:,:-1]>=0)   # absent, or after a row that is there
+    _need((rows>=-1).all() and (grid[:,0]>=0).all() and last.all(),
+          'absent rows (-1) must come last in their group')
+
+# %% ../../nbs/structure/01_blocks.ipynb #c6931d38
+@patch
+def _check_lists(self:ShuffledBlocks):
+    "`group_ptr` cuts `cols` into lists of whole blocks"
+    B,n,ptr = self.block_size,len(self.cols),self.group_ptr.long()
+    size = ptr.diff()
+    _need(ptr[0]==0 and ptr[-1]==n and (size>=0).all(), f'group_ptr must rise from 0 to {n}, got {_first_eight(ptr)}')
+    _need((size%B==0).all(), f'groups need whole blocks of {B} columns, got {_first_eight(size)}')
+
+# %% ../../nbs/structure/01_blocks.ipynb #d9ea4d3d
+@patch
+def _check_columns(self:ShuffledBlocks):
+    "Columns exist, and those of a group are different"
+    K,cols = self.shape[1],self.cols.long()
+    _need(((cols>=0)&(cols<K)).all(), f'columns must lie in 0..{K-1}')
+    key = (self.col_group*K+cols).sort().values   # group and column as one number
+    _need((key[1:]!=key[:-1]).all(), 'a group uses a column twice')
+
+# %% ../../nbs/structure/01_blocks.ipynb #0619058f
+@patch
+def _check_crossing(self:ShuffledBlocks, groups):
+    "The rows of a row group belong to one of the convolution `groups`"
+    grid = self.rows.view(-1,self.block_size).long()
+    of = grid//(self.shape[0]//groups)
+    _need(((of==of[:,:1])|(grid<0)).all(),
+          f'a row group crosses convolution groups, expected rows of one of the {groups} groups only')
 
 # %% ../../nbs/structure/01_blocks.ipynb #f23cba7c
+@patch
+def mapped(self:Structure,
+    f, # int32 tensor -> int32 tensor of the same shape
+)->Structure: # not validated, with a cache of its own
+    "A structure of the same kind and size from `f` of each of its tensors"
+    tensors = {k:f(v) for k,v in self.state().items()}
+    numbers = {k:getattr(self,k) for k in self.numbers}
+    return type(self)(**tensors, **numbers, shape=self.shape, check=False)
+
 @patch
 def to(self:Structure,
     device, # where the tensors should live
 )->Structure: # the same structure there
     "The same structure on another device"
-    moved = {k:v.to(device) for k,v in self.state().items()}
-    return type(self)(**moved, shape=self.shape, check=False, **self._extra())
+    return self.mapped(lambda t: t.to(device))
 
-@patch
-def _extra(self:ShuffledBlocks): return dict(block_size=self.block_size)
-
+# %% ../../nbs/structure/01_blocks.ipynb #58c39bdc
 @patch
 def __repr__(self:ShuffledBlocks):
     (O,K),B = self.shape,self.block_size
-    if self.cols.is_meta: return f'ShuffledBlocks({O}×{K}, {self.n_blocks} blocks of {B}×{B} on the meta device)'
-    return f'ShuffledBlocks({O}×{K}, {self.n_blocks} blocks of {B}×{B} in {self.n_groups} row groups, density {self.density:.4g})'
+    where = 'on the meta device' if self.cols.is_meta else f'in {self.n_groups} row groups, density {self.density:.4g}'
+    return f'ShuffledBlocks({O}×{K}, {self.n_blocks} blocks of {B}×{B} {where})'
 
 # %% ../../nbs/structure/01_blocks.ipynb #3271ab7e
+def _shifted(x, k): # int64 -> int64
+    "`x` shifted to the right with zeros coming in, as an unsigned number is"
+    return (x>>k) & ((1<<64-k)-1)
+
 def mix_bits(
     x:Tensor, # int64
 )->Tensor: # int64
     "Numbers whose bits depend on all bits of `x`: the finalizer of SplitMix64"
-    x = (x^(x>>30))*-4658895280553007687
-    x = (x^(x>>27))*-7723592293110705685
-    return x^(x>>31)
+    x = (x^_shifted(x, 30))*-4658895280553007687
+    x = (x^_shifted(x, 27))*-7723592293110705685
+    return x^_shifted(x, 31)
 
+# %% ../../nbs/structure/01_blocks.ipynb #cc478cbb
 @patch
 def checksum(self:Structure)->Tensor: # (64,) bool
     "Bits that are, all but surely, others than those of any other structure"
@@ -218,6 +284,33 @@ def _equal_rows(
     return sorted(sets, key=lambda o: int(o[0]))
 
 # %% ../../nbs/structure/01_blocks.ipynb #2ef7924c
+def _cut_rows(
+    mask:Tensor, # (O, K) bool, rows of one convolution group
+    B:int,       # block size
+)->tuple: # full row groups and short ones, two lists of tensors of row numbers
+    "Row groups of a mask"
+    full,short = [],[]
+    for rows in _equal_rows(mask):
+        for r in rows.split(B): (full if len(r)==B else short).append(r)
+    left = sum(map(len, short))
+    if left in (0, len(mask)%B) and len(short)<2: return full,short
+    raise ValueError(f'mask is no union of blocks: {left} rows share their columns '
+                     f'with fewer than block_size={B} rows')
+
+# %% ../../nbs/structure/01_blocks.ipynb #1079cc22
+@patch(cls_method=True)
+def _from_groups(cls:ShuffledBlocks, mask, groups, B):
+    "Structure whose row groups are given as a list of row-number tensors, full ones first"
+    cols = [mask[g[0]].nonzero().view(-1) for g in groups]
+    ptr = torch.tensor([0]+[len(c) for c in cols], device=mask.device).cumsum(0)
+    for n in map(len, cols):
+        if n%B: raise ValueError(f'mask is no union of blocks: a row group uses {n} columns, '
+                                 f'no multiple of block_size={B}')
+    rows = torch.full((len(groups),B), -1, device=mask.device)
+    for i,g in enumerate(groups): rows[i,:len(g)] = g
+    return cls(rows.view(-1), ptr, torch.cat(cols), B, mask.shape)
+
+# %% ../../nbs/structure/01_blocks.ipynb #182ed2da
 @patch(cls_method=True)
 def from_mask(cls:ShuffledBlocks,
     mask:Tensor,    # (O, K) bool, a union of blocks
@@ -225,34 +318,16 @@ def from_mask(cls:ShuffledBlocks,
     groups:int=1,   # convolution groups, which row groups never cross
 ):
     "A structure with exactly this mask"
-    (O,K),B = mask.shape,block_size
-    Og = O//groups
-    full,short = [],[]
+    O,_ = mask.shape
+    Og,full,short = O//groups,[],[]
     for i in range(groups):
-        tails = []
-        for r in _equal_rows(mask[i*Og:(i+1)*Og]):
-            *whole,last = (r+i*Og).split(B)
-            full += whole
-            (full if len(last)==B else tails).append(last)
-        if sum(map(len, tails)) not in (0, Og%B) or len(tails)>1:
-            raise ValueError(f'mask is no union of blocks: {sum(map(len,tails))} rows share their columns with fewer than block_size={B} rows')
-        short += tails
-    return cls._from_groups(mask, full+short, B)
-
-# %% ../../nbs/structure/01_blocks.ipynb #1079cc22
-@patch(cls_method=True)
-def _from_groups(cls:ShuffledBlocks, mask, groups, B):
-    "Structure whose row groups are given as a list of row-number tensors"
-    cols = [mask[g[0]].nonzero().view(-1) for g in groups]
-    ptr = torch.tensor([0]+[len(c) for c in cols], device=mask.device).cumsum(0)
-    bad = [len(c) for c in cols if len(c)%B]
-    if bad: raise ValueError(f'mask is no union of blocks: a row group uses {bad[0]} columns, no multiple of block_size={B}')
-    rows = torch.full((len(groups),B), -1, device=mask.device)
-    for i,g in enumerate(groups): rows[i,:len(g)] = g
-    return cls(rows.view(-1), ptr, torch.cat(cols), B, mask.shape)
+        whole,left = _cut_rows(mask[i*Og:(i+1)*Og], block_size)
+        full += [r+i*Og for r in whole]
+        short += [r+i*Og for r in left]
+    return cls._from_groups(mask, full+short, block_size)
 
 # %% ../../nbs/structure/01_blocks.ipynb #824e27d9
-def _paint(s:ShuffledBlocks)->Tensor: # (O, K) int64: 0 inactive, g+1 active in group g
+def _group_map(s:ShuffledBlocks)->Tensor: # (O, K) int64: 0 inactive, g+1 active in group g
     "Mask whose entries name the row group"
     g = (s.col_group+1)[:,None].expand(-1,s.block_size).to(torch.float)
     return s.scatter(g).long()
@@ -264,14 +339,14 @@ def show(self:ShuffledBlocks,
     max_cols:int=None, # draw only the first columns
 ):
     "Draw the mask as it is and with the rows of each group together"
+    settle_matplotlib()
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     if axs is None: axs = plt.subplots(2, 1, figsize=(8,4), sharex=True, layout='constrained')[1]
-    rows = self.rows[self.rows>=0].long()
-    colours = ['#f3f3f3'] + [plt.cm.tab20(i%20) for i in range(self.n_groups)]
-    img = _paint(self).cpu()[:,:max_cols]
-    for ax,o,title in zip(axs, (img, img[rows.cpu()]), ('rows in their own order','rows of a group together')):
-        ax.imshow(o, cmap=ListedColormap(colours), vmin=0, vmax=self.n_groups, aspect='auto', interpolation='nearest')
+    img,order = _group_map(self).cpu()[:,:max_cols],self.rows[self.rows>=0].long().cpu()
+    colours = ListedColormap(['#f3f3f3'] + [plt.cm.tab20(i%20) for i in range(self.n_groups)])
+    for ax,o,title in zip(axs, (img, img[order]), ('rows in their own order','rows of a group together')):
+        ax.imshow(o, cmap=colours, vmin=0, vmax=self.n_groups, aspect='auto', interpolation='nearest')
         ax.set(title=title, ylabel='row', xlabel='column' if ax is axs[-1] else None)
     return axs
 
@@ -285,7 +360,7 @@ class Unstructured(Structure):
         shape:tuple,     # (O, K) of the weight matrix
         check:bool=True, # validate the tensor?
     ):
-        self.flat,self.shape,self.cache = as_int32('flat', flat),_two(shape),{}
+        self.flat,self.shape,self.cache = as_int32('flat', flat),_matrix_shape(shape),{}
         self.values_shape = (len(self.flat),1)
         if check: self.validate()
 
@@ -296,9 +371,11 @@ def validate(self:Unstructured,
 ):
     "Raise `ValueError` naming the first broken rule"
     n,f = self.shape[0]*self.shape[1],self.flat.sort().values
-    if not bool(((f>=0)&(f<n)).all()): raise ValueError(f'not an unstructured structure: positions must lie in 0..{n-1}')
+    if not bool(((f>=0)&(f<n)).all()):
+        raise ValueError(f'not an unstructured structure: positions must lie in 0..{n-1}')
     if bool((f[1:]==f[:-1]).any()): raise ValueError('not an unstructured structure: a position occurs twice')
 
+# %% ../../nbs/structure/01_blocks.ipynb #80aa1dff
 @patch
 def index(self:Unstructured)->Tensor: # (nnz, 1) int64
     "Flat position of each value"
@@ -310,9 +387,6 @@ def nnz(self:Unstructured)->int:
     return len(self.flat)
 
 # %% ../../nbs/structure/01_blocks.ipynb #ff1ab07a
-@patch
-def _extra(self:Unstructured): return {}
-
 @patch(cls_method=True)
 def from_mask(cls:Unstructured,
     mask:Tensor, # (O, K) bool

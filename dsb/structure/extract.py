@@ -19,7 +19,8 @@ def row_distance(
     m = mask.float()
     overlap = m @ m.T
     size = overlap.diagonal().clamp(min=1)
-    return overlap.square_().div_(size[:,None]).div_(size).sqrt_().neg_().add_(1).clamp_(0, 1).fill_diagonal_(0)
+    sim = overlap.square_().div_(size[:,None]).div_(size).sqrt_()
+    return sim.neg_().add_(1).clamp_(0, 1).fill_diagonal_(0)
 
 # %% ../../nbs/structure/02_extract.ipynb #2f026dc7
 def _clusters(
@@ -32,7 +33,7 @@ def _clusters(
     n = len(dist)
     if n==1: return torch.zeros(1, dtype=torch.long, device='cpu')
     z = linkage(squareform(dist.cpu().double().numpy(), checks=False), 'complete')
-    z[:,2] = range(1, n)   # cut after a number of merges, not at a height: ties cannot blur the count
+    z[:,2] = range(1, n)   # number of the merge in place of its height
     return torch.from_numpy(fcluster(z, n-k+.5, 'distance')).long()-1
 
 # %% ../../nbs/structure/02_extract.ipynb #bb0957c6
@@ -43,7 +44,8 @@ def _concatenate(
     n = len(label)
     size = label.bincount()
     first = torch.full_like(size, n).scatter_reduce_(0, label, torch.arange(n, device=label.device), 'amin')
-    return torch.argsort((n-size[label])*n + first[label], stable=True)
+    key = (n-size[label])*n + first[label]   # of each row: its cluster's size, then its cluster's first row
+    return torch.argsort(key, stable=True)
 
 # %% ../../nbs/structure/02_extract.ipynb #cd8e5f96
 def group_rows(
@@ -52,20 +54,22 @@ def group_rows(
     groups:int=1,   # convolution groups, which row groups never cross
 )->Tensor: # (G·B,) int32 row in each slot, -1 for the absent rows of short groups
     "Row groups of a mask: similar rows together"
-    O,B = mask.shape[0],block_size
-    Og = O//groups
-    if Og<B: raise ValueError(f'{Og} rows per convolution group cannot fill a row group: block_size={B}, expected at most {Og}')
+    B,Og = block_size,mask.shape[0]//groups
+    if Og<B:
+        raise ValueError(f'{Og} rows per convolution group cannot fill a row group: '
+                         f'block_size={B}, expected at most {Og}')
     res = []
     for i in range(groups):
         order = _concatenate(_clusters(row_distance(mask[i*Og:(i+1)*Og]), Og//B)) + i*Og
         res += [order, order.new_full((-Og%B,), -1)]
     return torch.cat(res).int().to(mask.device)
 
-# %% ../../nbs/structure/02_extract.ipynb #7875a00d
-def _over_groups(f, scores, rows, B): # (G, K)
-    "`f` of the rows of each group"
+# %% ../../nbs/structure/02_extract.ipynb #6cb5f842
+def _over_groups(f, scores, rows, B)->Tensor: # (G, K)
+    "`f` of the rows of each group; they are copies, `f` may write into them"
     return torch.stack([f(scores[r[r>=0]]) for r in rows.view(-1,B).long()])
 
+# %% ../../nbs/structure/02_extract.ipynb #256f711d
 def column_sums(
     scores:Tensor, # (O, K)
     rows:Tensor,   # (G·B,) row slots, -1 absent
@@ -74,13 +78,22 @@ def column_sums(
     "Sum of each column over the rows of each group"
     return _over_groups(lambda t: t.sum(0), scores, rows, B)
 
+# %% ../../nbs/structure/02_extract.ipynb #7875a00d
 def column_norms(
     scores:Tensor, # (O, K)
     rows:Tensor,   # (G·B,) row slots, -1 absent
     B:int,         # block size
 )->Tensor: # (G, K)
     "Norm of each column over the rows of each group"
-    return _over_groups(lambda t: t.square_().sum(0), scores, rows, B).sqrt_()   # indexing made a copy
+    return _over_groups(lambda t: t.square_().sum(0), scores, rows, B).sqrt_()
+
+# %% ../../nbs/structure/02_extract.ipynb #c94fb1cf
+def _ordered_bits(
+    t:Tensor, # float32
+)->Tensor: # int32, like `t`
+    "Whole numbers in the order of the floats"
+    i = (t.detach().contiguous()+0.).view(torch.int32)   # -0 becomes 0
+    return i.bitwise_xor_((i>>31) & 0x7fffffff)
 
 # %% ../../nbs/structure/02_extract.ipynb #fd7047db
 def falling(
@@ -88,11 +101,18 @@ def falling(
 )->Tensor: # int64, like `t`
     "Indices that sort the last axis, largest first, equal numbers by position"
     if t.dtype!=torch.float32 or t.device.type!='cpu': return t.sort(dim=-1, descending=True, stable=True).indices
-    i = (t.detach().contiguous()+0.).view(torch.int32)          # -0 becomes 0
-    i ^= (i>>31) & 0x7fffffff
-    key = i.long().bitwise_not_().bitwise_left_shift_(32).add_(torch.arange(t.shape[-1], device='cpu'))
+    key = _ordered_bits(t).long().bitwise_not_().bitwise_left_shift_(32)
+    key += torch.arange(t.shape[-1], device='cpu')
     key.numpy().sort(axis=-1)
     return key.bitwise_and_(0xffffffff)
+
+# %% ../../nbs/structure/02_extract.ipynb #050dd8c2
+def _for_full_groups(short, most, n_blocks, n_short)->int:
+    "Blocks left for full groups, of `most` each, once `short` ones have theirs; a ValueError where they do not fit"
+    n,full = n_blocks-n_short*int(short.sum()),int((~short).sum())
+    if 0<=n<=full*most and n_short<=most: return n
+    raise ValueError(f'{n_blocks} blocks do not fit: {full} full groups hold at most {most} each, '
+                     f'short ones take {n_short} each')
 
 # %% ../../nbs/structure/02_extract.ipynb #8ab243ee
 def _blocks_per_group(
@@ -102,14 +122,13 @@ def _blocks_per_group(
     n_short:int,  # blocks of each short group
 )->Tensor: # (G,) int64
     "How many blocks each group keeps"
-    most,n = worth.shape[1],n_blocks-n_short*int(short.sum())
-    full = (~short).nonzero().view(-1)
-    if not 0<=n<=len(full)*most or n_short>most:
-        raise ValueError(f'{n_blocks} blocks do not fit: {len(full)} full groups hold at most {most} each, short ones take {n_short} each')
+    full,most = (~short).nonzero().view(-1),worth.shape[1]
+    n = _for_full_groups(short, most, n_blocks, n_short)
     w = worth[full].clone()
     if n>=len(full): w[:,0] = torch.inf
-    best = falling(w.view(-1))[:n]//most
-    return torch.full_like(short, n_short, dtype=torch.long).index_copy(0, full, best.bincount(minlength=len(full)))
+    group = falling(w.view(-1))[:n]//most
+    res = torch.full_like(short, n_short, dtype=torch.long)
+    return res.index_copy(0, full, group.bincount(minlength=len(full)))
 
 # %% ../../nbs/structure/02_extract.ipynb #feac56a9
 def cut_blocks(
@@ -122,14 +141,13 @@ def cut_blocks(
 )->ShuffledBlocks:
     "Sort each group's columns, cut them into blocks, keep the best"
     (G,K),B = worth.shape,block_size
-    col = falling(worth)
-    worth = worth.gather(1, col)
-    n = K//B*B
+    n,cols = K//B*B,falling(worth)                       # n columns make whole blocks
+    of_blocks = worth.gather(1, cols)[:,:n].view(G,-1,B).sum(-1)
     short = (rows.view(-1,B)<0).any(1)
-    size = _blocks_per_group(worth[:,:n].view(G,-1,B).sum(-1), short, n_blocks, n_short)*B
-    keep = torch.arange(n, device=col.device) < size[:,None]
+    size = _blocks_per_group(of_blocks, short, n_blocks, n_short)*B
+    keep = torch.arange(n, device=cols.device) < size[:,None]
     ptr = torch.cat([size.new_zeros(1), size.cumsum(0)])
-    return ShuffledBlocks(rows, ptr, col[:,:n][keep], B, shape, check=False)
+    return ShuffledBlocks(rows, ptr, cols[:,:n][keep], B, shape, check=False)
 
 # %% ../../nbs/structure/02_extract.ipynb #94a7cd8f
 def choose_blocks(
@@ -166,27 +184,6 @@ def kept_score(
     "Score inside the structure over that of the same number of best entries"
     return float(scores[s.mask()].sum()/scores.reshape(-1).topk(s.nnz).values.sum())
 
-# %% ../../nbs/structure/02_extract.ipynb #259fc989
-def swap_rows(
-    worth:Tensor,   # (O, G) worth of each row in each group; -inf where it may not go
-    rows:Tensor,    # (G·B,) row slots to start from, -1 absent
-    block_size:int, # B
-)->Tensor: # (G·B,) int32 row slots; absent slots stay where they are
-    "Exchange rows between groups as long as the total worth rises"
-    worth,slots = worth.double(),rows.view(-1,block_size).long().clone()
-    G,absent = len(slots),rows.view(-1,block_size,1)<0
-    own,least = torch.arange(G, device=rows.device),1e-9*float(worth.clamp(min=0).max())
-    while True:
-        w = worth[slots.clamp(min=0)]                                   # group, slot, other group
-        gain = (w - w.gather(2, own[:,None,None].expand(-1,block_size,1))).masked_fill_(absent, -torch.inf)
-        best,at = gain.max(1)                                           # what group a gains elsewhere by its best row for b
-        both,partner = (best+best.T).fill_diagonal_(-torch.inf).max(1)
-        a = ((partner[partner]==own) & (own<partner) & (both>least)).nonzero().view(-1)
-        if not len(a): return slots.view(-1).int()
-        b = partner[a]
-        i,j = (a,at[a,b]),(b,at[b,a])
-        slots[i],slots[j] = slots[j].clone(),slots[i].clone()
-
 # %% ../../nbs/structure/02_extract.ipynb #f64726ca
 def _row_worth(
     scores:Tensor,    # (O, K)
@@ -197,10 +194,43 @@ def _row_worth(
     member = scores.new_zeros(s.n_groups, s.shape[1])
     member[s.col_group,s.cols.long()] = 1
     v = scores @ member.T
-    if groups==1: return v
-    Og = s.shape[0]//groups
-    other = torch.arange(len(v), device=v.device)[:,None]//Og != s.rows.view(-1,s.block_size)[:,0].long()//Og
-    return v.masked_fill_(other, -torch.inf)
+    return v if groups==1 else v.masked_fill_(_across(s, groups), -torch.inf)
+
+# %% ../../nbs/structure/02_extract.ipynb #5af3058b
+def _across(s, groups)->Tensor: # (O, G) bool
+    "Would a row cross convolution groups in a row group?"
+    O,first = s.shape[0],s.rows.view(-1,s.block_size)[:,0].long()
+    row = torch.arange(O, device=first.device)
+    return row[:,None]//(O//groups) != first//(O//groups)
+
+# %% ../../nbs/structure/02_extract.ipynb #19efc98f
+def _best_moves(
+    worth:Tensor, # (O, G) worth of each row in each group
+    slots:Tensor, # (G, B) int64 row in each slot, -1 absent
+)->tuple: # (G, G) gain of the best row of group a in group b, and its slot
+    "The row of each group that gains most by a move to each other group"
+    own = torch.arange(len(slots), device=slots.device)[:,None,None]
+    w = worth[slots.clamp(min=0)]                            # group, slot, other group
+    gain = w - w.gather(2, own.expand(-1,slots.shape[1],1))  # over where it is now
+    return gain.masked_fill_((slots<0)[:,:,None], -torch.inf).max(1)
+
+# %% ../../nbs/structure/02_extract.ipynb #259fc989
+def swap_rows(
+    worth:Tensor,   # (O, G) worth of each row in each group; -inf where it may not go
+    rows:Tensor,    # (G·B,) row slots to start from, -1 absent
+    block_size:int, # B
+)->Tensor: # (G·B,) int32 row slots; absent slots stay where they are
+    "Exchange rows between groups as long as the total worth rises"
+    worth,slots = worth.double(),rows.view(-1,block_size).long().clone()
+    own,least = torch.arange(len(slots), device=rows.device),1e-9*float(worth.clamp(min=0).max())
+    while True:
+        gain,at = _best_moves(worth, slots)
+        both,partner = (gain+gain.T).fill_diagonal_(-torch.inf).max(1)
+        a = ((partner[partner]==own) & (own<partner) & (both>least)).nonzero().view(-1)
+        if not len(a): return slots.view(-1).int()
+        b = partner[a]
+        i,j = (a,at[a,b]),(b,at[b,a])
+        slots[i],slots[j] = slots[j].clone(),slots[i].clone()
 
 # %% ../../nbs/structure/02_extract.ipynb #c7287106
 def refine_blocks(
@@ -211,12 +241,26 @@ def refine_blocks(
     rounds:int=3,     # at most
 )->ShuffledBlocks: # keeps at least as much score
     "Choose rows and columns in turn"
+    B = s.block_size
     for _ in range(rounds):
-        rows = swap_rows(_row_worth(scores, s, groups), s.rows, s.block_size)
-        worth = column_sums(scores, rows, s.block_size)
-        s,old = cut_blocks(worth, rows, s.n_blocks, s.block_size, s.shape, n_short),s
-        if torch.equal(rows, old.rows): break
+        rows,before = swap_rows(_row_worth(scores, s, groups), s.rows, B),s.rows
+        s = cut_blocks(column_sums(scores, rows, B), rows, s.n_blocks, B, s.shape, n_short)
+        if torch.equal(rows, before): break
     return s
+
+# %% ../../nbs/structure/02_extract.ipynb #97ef909c
+def _rank_in_channel(
+    worth:Tensor,   # (n,)
+    channel:Tensor, # (n,) int64, input channel of each
+)->Tensor: # (n,) int64, 0 for the best of a channel
+    "Rank of each column among those of its channel, equal ones by position"
+    order = falling(worth)
+    order = order[falling(-channel[order].float())]   # channel after channel, the best first
+    count = channel.bincount()
+    first = count.cumsum(0)-count                     # where each channel begins in that order
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(worth), device=worth.device) - first[channel[order]]
+    return rank
 
 # %% ../../nbs/structure/02_extract.ipynb #cb50650c
 def diminish(
@@ -225,35 +269,35 @@ def diminish(
     uses:Tensor=None, # (channels,) columns of each channel that are taken already
 )->Tensor: # (n,) `worth` over the number of its channel's columns up to it
     "Worth with diminishing returns: the j-th best of a channel counts 1/j"
-    order = falling(worth)
-    order = order[falling(-channel[order].float())]             # channel after channel, the best first
-    count = channel.bincount()
-    first = count.cumsum(0)-count
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(worth), device=worth.device) - first[channel[order]]
+    rank = _rank_in_channel(worth, channel)
     if uses is not None: rank += uses[channel]
     return worth/(1+rank)
 
 # %% ../../nbs/structure/02_extract.ipynb #3212469b
 def channels_of(
-    s_rows:Tensor, B:int, # row slots of the groups, block size
-    shape:tuple,     # (O, K)
-    taps:int=1,      # columns of each input channel: the kernel's positions
-    groups:int=1,    # convolution groups, each with channels of its own
+    rows:Tensor,    # (G·B,) row slots of the groups
+    block_size:int, # B
+    shape:tuple,    # (O, K)
+    taps:int=1,     # columns of each input channel: the kernel's positions
+    groups:int=1,   # convolution groups, each with channels of its own
 )->Tensor: # (G, K) int64
     "Input channel of each column, for each row group"
     O,K = shape
-    first = s_rows.view(-1,B)[:,0].long()//(O//groups)          # the convolution group
-    return first[:,None]*(K//taps) + torch.arange(K, device=s_rows.device)//taps
+    group = rows.view(-1,block_size)[:,0].long()//(O//groups)   # the convolution group
+    return group[:,None]*(K//taps) + torch.arange(K, device=rows.device)//taps
 
+# %% ../../nbs/structure/02_extract.ipynb #67c0f7d1
 def cover_blocks(
     scores:Tensor,  # (O, K), not negative
     rows:Tensor,    # (G·B,) row slots
-    n_blocks:int, block_size:int, # blocks to choose, B
-    n_short:int=0,  # blocks of each short group
-    taps:int=1, groups:int=1, # as in `channels_of`
+    n_blocks:int,   # blocks to choose
+    block_size:int, # B
+    n_short:int=0,  # blocks of each short group, included in `n_blocks`
+    taps:int=1,     # columns of each input channel: the kernel's positions
+    groups:int=1,   # convolution groups, each with channels of its own
 )->ShuffledBlocks:
     "Best blocks for given row groups, with diminishing returns for each input channel"
-    worth,shape = column_norms(scores, rows, block_size),tuple(scores.shape)
+    shape,worth = tuple(scores.shape),column_norms(scores, rows, block_size)
     channel = channels_of(rows, block_size, shape, taps, groups)
-    return cut_blocks(diminish(worth.view(-1), channel.view(-1)).view_as(worth), rows, n_blocks, block_size, shape, n_short)
+    worth = diminish(worth.view(-1), channel.view(-1)).view_as(worth)
+    return cut_blocks(worth, rows, n_blocks, block_size, shape, n_short)

@@ -7,7 +7,8 @@ __all__ = ['DataError', 'DatasetInfo', 'dataset_names', 'dataset_info', 'epoch_o
            'as_float', 'with_channels', 'Data', 'TensorData', 'cached', 'FolderData', 'load_data']
 
 # %% ../../nbs/training/03_data.ipynb #6a963741
-import os, shutil, tempfile, warnings, zlib
+import difflib, hashlib, io, os, pickle, shutil, socket, sys, tarfile, tempfile, threading, warnings, zipfile, zlib
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,29 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .glyphs import GLYPH_CLASSES, GLYPH_VERSION, GREY, make_glyphs, rng, mix_seed, show_images
-from ..core import cache_dir, settle_matplotlib, whole_file
+from ..core import cache_dir, settle_matplotlib, whole_file, whole_number
 
-# %% ../../nbs/training/03_data.ipynb #98c5ae11
+# %% ../../nbs/training/03_data.ipynb #6eb5b61d
 class DataError(ValueError):
     "A data set that is unknown, missing, damaged or empty; the message names the remedy"
 
+_REMEDY = '--data_set digits needs nothing'
+
+# %% ../../nbs/training/03_data.ipynb #0a1287fe
+@contextmanager
+def _as_data_error():
+    "Let a ValueError leave a `with` block as a DataError with the same message"
+    try: yield
+    except ValueError as e: raise DataError(str(e)) from None
+
+# %% ../../nbs/training/03_data.ipynb #33e450cc
+def _one_line(
+    e, # error, or text
+)->str:
+    "What an error says, on one line; its kind where it says nothing"
+    return ' '.join(str(e).split()) or type(e).__name__
+
+# %% ../../nbs/training/03_data.ipynb #98c5ae11
 class DatasetInfo(NamedTuple):
     "What is known about a data set before it is loaded"
     num_classes:int   # number of classes
@@ -44,6 +62,7 @@ def _infos():
         digits       = DatasetInfo(10, 1, 32, (.305,), (.324,), pad=3),
         glyphs       = DatasetInfo(47, 3, 32, (.365,.365,.365), (.19,.19,.19), pad=2))
 
+# %% ../../nbs/training/03_data.ipynb #1040ed8a
 def dataset_names()->list: # names that `load_data` takes
     "The names of all data sets"
     return list(_infos())
@@ -53,11 +72,11 @@ def dataset_info(
     name:str, # one of `dataset_names()`
 )->DatasetInfo:
     "What is known about data set `name` before it is loaded"
-    import difflib
     infos = _infos()
     if name in infos: return infos[name]
-    near = difflib.get_close_matches(str(name).lower(), infos, 1, 0.4)
-    raise DataError(f"data set {name!r}: expected one of {', '.join(infos)}" + (f"; did you mean {near[0]}?" if near else ''))
+    known,near = ', '.join(infos),difflib.get_close_matches(str(name).lower(), infos, 1, .4)
+    meant = f'; did you mean {near[0]}?' if near else ''
+    raise DataError(f'data set {name!r}: expected one of {known}{meant}')
 
 # %% ../../nbs/training/03_data.ipynb #2034d171
 def epoch_order(
@@ -75,11 +94,11 @@ def batch_bounds(
     world_size:int=1, # number of processes
 )->list:              # (start, stop) of each batch in the epoch's order
     "Where an epoch is cut into batches"
-    bounds = [(i, min(i+batch_size, n)) for i in range(0, n, batch_size)]
     if n==0: return []
-    a,b = bounds[-1]
+    *bounds,(a,b) = [(i, min(i+batch_size, n)) for i in range(0, n, batch_size)]
     b -= (b-a) % world_size
-    return bounds if b-a==batch_size else bounds[:-1] + [(a,b)]*(b-a >= 2*world_size)
+    full,sharable = b-a==batch_size,b-a>=2*world_size
+    return bounds + [(a,b)]*(full or sharable)
 
 # %% ../../nbs/training/03_data.ipynb #fa8846d3
 def crop(
@@ -88,14 +107,14 @@ def crop(
     left:torch.Tensor, # (N,) int64 in [0, 2*pad], first column of the window
     flip:torch.Tensor, # (N,) bool, mirror left and right
     pad:int,           # width of the margin
-)->torch.Tensor:       # (N, C, H, W)
+)->torch.Tensor:       # (N, C, H, W), of the type of `x`
     "One window of each image with a margin"
     n,c,h,w = x.shape
     i,j = torch.arange(h, device=x.device),torch.arange(w, device=x.device)
-    rows = top[:,None]+i
-    cols = left[:,None] + torch.where(flip[:,None], w-1-j, j)
-    at = rows[:,:,None]*(w+2*pad) + cols[:,None]
-    return F.pad(x, (pad,)*4).flatten(2).gather(2, at.flatten(1)[:,None].expand(-1,c,-1)).view(x.shape)
+    rows = top[:,None] + i                                            # (N, H)
+    cols = left[:,None] + torch.where(flip[:,None], w-1-j, j)         # (N, W)
+    at = (rows[:,:,None]*(w+2*pad) + cols[:,None]).flatten(1)         # (N, H*W) places in the padded image
+    return F.pad(x, (pad,)*4).flatten(2).gather(2, at[:,None].expand(-1,c,-1)).view(x.shape)
 
 # %% ../../nbs/training/03_data.ipynb #8d5d097b
 def random_moves(
@@ -124,8 +143,9 @@ def with_channels(
     "The description of the data set with another number of channels"
     if channels==info.channels: return info
     if channels==3: return info._replace(channels=3, mean=info.mean*3, std=info.std*3)
-    if channels==1: return info._replace(channels=1, mean=(sum(m*g for m,g in zip(info.mean, GREY)),), std=(sum(info.std)/3,))
-    raise DataError(f'channels={channels}: expected 1 (grey) or 3 (colour)')
+    if channels!=1: raise DataError(f'channels={channels}: expected 1 (grey) or 3 (colour)')
+    mean = sum(m*share for m,share in zip(info.mean, GREY))
+    return info._replace(channels=1, mean=(mean,), std=(sum(info.std)/3,))
 
 # %% ../../nbs/training/03_data.ipynb #67bac677
 class Data:
@@ -148,26 +168,40 @@ class Data:
         self.seed,self.device,self.rank,self.world_size = seed,torch.device(device),rank,world_size
         self.num_classes,self.channels,self.image_size = len(self.classes),info.channels,info.image_size
         self.bounds = batch_bounds(n_train, batch_size, world_size)
-        if n_test<1: raise DataError(f'{name}: there is no test image')
-        if not self.bounds: raise DataError(f'{name}: {n_train} training image(s) make no batch: at least {2*world_size} are needed')
+        self._check_not_empty()
 
-    def __repr__(self):
-        return (f'{self.name}: {self.n_train} training and {self.n_test} test images of '
-                f'{self.channels}×{self.image_size}×{self.image_size}, {self.num_classes} classes, {self.steps_per_epoch} steps an epoch')
+# %% ../../nbs/training/03_data.ipynb #b80702c1
+@patch
+def _check_not_empty(self:Data):
+    "Raise unless there is a batch to train on and an image to test on"
+    if self.n_test<1: raise DataError(f'{self.name}: there is no test image')
+    if not self.bounds:
+        need = f'at least {2*self.world_size} are needed'
+        raise DataError(f'{self.name}: {self.n_train} training image(s) make no batch: {need}')
 
-# %% ../../nbs/training/03_data.ipynb #06a245d0
+# %% ../../nbs/training/03_data.ipynb #afda21c2
 @patch(as_prop=True)
 def steps_per_epoch(self:Data)->int:
     "Number of training batches in an epoch"
     return len(self.bounds)
 
+# %% ../../nbs/training/03_data.ipynb #ccc6daf3
+@patch
+def __repr__(self:Data):
+    "The data set in one line"
+    images = f'{self.n_train} training and {self.n_test} test images'
+    size = f'{self.channels}×{self.image_size}×{self.image_size}'
+    return f'{self.name}: {images} of {size}, {self.num_classes} classes, {self.steps_per_epoch} steps an epoch'
+
+# %% ../../nbs/training/03_data.ipynb #06a245d0
 @patch
 def plan(self:Data,
     epoch:int,   # number of the epoch
     start:int=0, # first batch
 )->list:         # (number of the batch, its images (n,) int64, the slice of them that is this process's share)
     "The training batches of an epoch from `start` on"
-    if not 0<=start<=self.steps_per_epoch: raise DataError(f'start={start}: expected 0 to {self.steps_per_epoch}, the steps of an epoch')
+    steps = self.steps_per_epoch
+    if not 0<=start<=steps: raise DataError(f'start={start}: expected 0 to {steps}, the steps of an epoch')
     order,out = epoch_order(self.n_train, self.seed, epoch),[]
     for b,(lo,hi) in enumerate(self.bounds[start:], start):
         k = (hi-lo)//self.world_size
@@ -179,9 +213,9 @@ class TensorData(Data):
     "A data set held in memory as uint8, moved and normalised a batch at a time"
     def __init__(self,
         name:str,     # of the data set
-        info:DatasetInfo, # what `dataset_info` says of it
-        classes:list, # names
-        train:tuple,  # x uint8 (N, C, H, W), y int64 (N,)
+        info:DatasetInfo, # description, in the channels of the images
+        classes:list, # names of the classes
+        train:tuple,  # x (N, C, H, W) uint8, y (N,) int64
         test:tuple,   # the same of the test images
         **kwargs):
         super().__init__(name, info, classes, len(train[0]), len(test[0]), **kwargs)
@@ -202,13 +236,26 @@ def train_batches(self:TensorData,
         moved = crop(x[ids], *(m[mine].to(self.device) for m in moves), self.info.pad)
         yield as_float(moved, self.info),y[ids]
 
+# %% ../../nbs/training/03_data.ipynb #541ebee2
 @patch
 def test_batches(self:TensorData): # yields x (N, C, H, W) float32, y (N,) int64
     "This process's test images in their own order, as they are"
     for x,y in zip(*(t.split(self.eval_batch_size) for t in self.test)): yield as_float(x, self.info),y
 
 # %% ../../nbs/training/03_data.ipynb #7231d852
-def _checksum(tensors): return [zlib.crc32(t.contiguous().numpy()) for t in tensors]
+def _checksum(tensors):
+    "A number for the bytes of each tensor"
+    return [zlib.crc32(t.contiguous().numpy()) for t in tensors]
+
+# %% ../../nbs/training/03_data.ipynb #cb07dcc7
+def _read_cache(path):
+    "The tensors in file `path`, or None if it is not there or not intact"
+    if not os.path.exists(path): return None
+    try:
+        d = torch.load(path, weights_only=True)
+        if _checksum(d['tensors'])==d['checksum']: return tuple(d['tensors'])
+    except Exception: pass  # whatever it is, the remedy is the same
+    return None
 
 # %% ../../nbs/training/03_data.ipynb #d6f10998
 def cached(
@@ -217,15 +264,15 @@ def cached(
 )->tuple:     # the tensors
     "The tensors of `make`, from the cache if they are there and intact"
     path = cache_dir()/f'{name}.pt'
-    if os.path.exists(path):
-        try:
-            d = torch.load(path, weights_only=True)
-            if _checksum(d['tensors'])==d['checksum']: return tuple(d['tensors'])
-        except Exception: pass  # whatever is wrong with a cached file, the remedy is the same
+    found = _read_cache(path)
+    if found is not None: return found
     tensors = make()
     try:
-        with whole_file(path) as tmp: torch.save(dict(tensors=list(tensors), checksum=_checksum(tensors)), tmp)
-    except (OSError, RuntimeError) as e: warnings.warn(f'{path} cannot be written ({getattr(e, "strerror", None) or e}): it will be made again next time')
+        with whole_file(path) as tmp, open(tmp, 'wb') as f:     # given a name, torch would write it into the file
+            torch.save(dict(tensors=list(tensors), checksum=_checksum(tensors)), f)
+    except (OSError, RuntimeError) as e:
+        why = getattr(e, 'strerror', None) or e
+        warnings.warn(f'{path} cannot be written ({why}): it will be made again next time')
     return tensors
 
 # %% ../../nbs/training/03_data.ipynb #c4354a04
@@ -236,52 +283,77 @@ def _digits(**_):
     x = F.interpolate(torch.tensor(d.images, dtype=torch.float32)[:,None], 32, mode='bilinear', align_corners=False)
     x,y = (x*(255/16)).round().byte(),torch.tensor(d.target, dtype=torch.int64)
     order = torch.randperm(len(y), generator=rng('digits'))
-    order = order[y[order].argsort(stable=True)]
-    test = torch.zeros(len(y), dtype=torch.bool); test[order[::5]] = True
+    order = order[y[order].argsort(stable=True)]     # by class, shuffled within each
+    test = torch.zeros(len(y), dtype=torch.bool)
+    test[order[::5]] = True
     return (x[~test],y[~test]),(x[test],y[test]),'0123456789'
+
+# %% ../../nbs/training/03_data.ipynb #3cfed4bf
+def _show_bar():
+    "Whether someone is watching: a terminal or a notebook"
+    return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
 # %% ../../nbs/training/03_data.ipynb #21eff942
 def _glyphs(n_train=None, n_test=None, **_):
     "Images and labels of `glyphs`, from the cache or newly drawn"
     settle_matplotlib()
     import matplotlib, PIL
-    counts = dict(train=50_000 if n_train is None else n_train, test=10_000 if n_test is None else n_test)
-    name = f"glyphs-v{GLYPH_VERSION}-seed0-{counts['train']}-{counts['test']}-matplotlib{matplotlib.__version__}-pillow{PIL.__version__}"
-    make = lambda: [t for s,n in counts.items() for t in make_glyphs(n, 0, s, progress=_show_bar())]
-    x,y,xt,yt = cached(name, make)
+    n_train = 50_000 if n_train is None else n_train
+    n_test = 10_000 if n_test is None else n_test
+    def draw(n, split): return make_glyphs(n, 0, split, progress=_show_bar())
+    drawn_by = f'matplotlib{matplotlib.__version__}-pillow{PIL.__version__}'
+    name = f'glyphs-v{GLYPH_VERSION}-seed0-{n_train}-{n_test}-{drawn_by}'
+    x,y,xt,yt = cached(name, lambda: [*draw(n_train, 'train'), *draw(n_test, 'test')])
     return (x,y),(xt,yt),GLYPH_CLASSES
-
-def _show_bar():
-    "Whether someone is watching: a terminal or a notebook"
-    import sys
-    return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
 # %% ../../nbs/training/03_data.ipynb #ded1f0d6
 def _roots(data_dir):
     "The folders to look in"
     return [Path('data'), Path('.')] if data_dir is None else [Path(data_dir).expanduser()]
 
-def _missing(
-    name, # data set
+# %% ../../nbs/training/03_data.ipynb #f1bbe425
+def _not_found(
+    name,     # data set
     data_dir, # as given by the user
-    how,  # how to get the data
+    how,      # how to get the data
 ):
-    "The error for data that is not there"
+    "The error for a data set that is not there"
     looked = ' and '.join('the current folder' if str(r)=='.' else str(r) for r in _roots(data_dir))
-    return DataError(f'{name} was not found in {looked}: {how}; --data_set digits needs nothing')
+    return DataError(f'{name} was not found in {looked}: {how}; {_REMEDY}')
+
+# %% ../../nbs/training/03_data.ipynb #c43a4ae2
+def _incomplete(
+    path, # folder or archive of the data set
+    what, # what it lacks
+):
+    "The error for a data set without one of its parts"
+    return DataError(f'{path} has no {what}; unpack or download it again ({_REMEDY})')
+
+# %% ../../nbs/training/03_data.ipynb #bc5ba8ce
+def _damaged(
+    path, # folder or archive of the data set
+    what, # file in it
+    why,  # what its reader says
+):
+    "The error for a file that cannot be read"
+    return DataError(f'{path}: {what} is damaged ({_one_line(why)}); download the data set again ({_REMEDY})')
 
 # %% ../../nbs/training/03_data.ipynb #6ffd7dba
+def _check_md5(path, md5):
+    "Raise if the file is damaged"
+    from torchvision.datasets.utils import calculate_md5
+    got = calculate_md5(path)
+    if got==md5: return
+    remedy = f'delete it and let it be downloaded again ({_REMEDY})'
+    raise DataError(f'{path} is damaged: its md5 is {got}, expected {md5}; {remedy}')
+
+# %% ../../nbs/training/03_data.ipynb #87e8908f
 def _cifar_class(name):
     "torchvision's reader of `name`"
     from torchvision.datasets import CIFAR10, CIFAR100
     return dict(cifar10=CIFAR10, cifar100=CIFAR100)[name]
 
-def _check_md5(path, md5):
-    "Raise if the file is damaged"
-    from torchvision.datasets.utils import calculate_md5
-    got = calculate_md5(path)
-    if got!=md5: raise DataError(f'{path} is damaged: its md5 is {got}, expected {md5}; delete it and let it be downloaded again (--data_set digits needs nothing)')
-
+# %% ../../nbs/training/03_data.ipynb #20d22e22
 def _cifar_ready(cls, folder):
     "Whether `folder` holds every file, all of them intact"
     files = [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]
@@ -289,49 +361,70 @@ def _cifar_ready(cls, folder):
     for f,md5 in there: _check_md5(f, md5)
     return len(there)==len(files)
 
+# %% ../../nbs/training/03_data.ipynb #339d3a9a
+@contextmanager
+def _temporary_in(root):
+    "A temporary folder in `root`, which is made for it and goes with it if it is empty then"
+    made = not root.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix='.download-', dir=root))
+    try: yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if made and not any(root.iterdir()): root.rmdir()
+
+# %% ../../nbs/training/03_data.ipynb #f19649df
+@contextmanager
+def _impatient(seconds=20):
+    "Let connections fail that stay silent for so long, for the length of a `with` block"
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try: yield
+    finally: socket.setdefaulttimeout(before)
+
+# %% ../../nbs/training/03_data.ipynb #fd1eba86
+def _quiet():
+    "No bars inside a `with` block unless someone is watching"
+    return nullcontext() if _show_bar() else redirect_stderr(io.StringIO())
+
 # %% ../../nbs/training/03_data.ipynb #3963d1db
 def _fetch_cifar(cls, root, download):
     "Unpack the archive in `root`, or download it; whether that gave the files"
-    import socket
-    from contextlib import nullcontext, redirect_stderr
-    archive,made = root/cls.filename,not root.exists()
+    archive = root/cls.filename
     if archive.is_file(): _check_md5(archive, cls.tgz_md5)
     elif not download: return False
-    root.mkdir(parents=True, exist_ok=True)
-    tmp,timeout = Path(tempfile.mkdtemp(prefix='.download-', dir=root)),socket.getdefaulttimeout()
-    try:
+    with _temporary_in(root) as tmp:
         if archive.is_file(): (tmp/cls.filename).symlink_to(archive.absolute())
-        socket.setdefaulttimeout(20)
-        with nullcontext() if _show_bar() else redirect_stderr(open(os.devnull, 'w', encoding='utf-8')): cls(str(tmp), download=True)
+        with _impatient(), _quiet(): cls(str(tmp), download=True)
         (root/cls.base_folder).mkdir(exist_ok=True)
         for f in (tmp/cls.base_folder).iterdir(): os.replace(f, root/cls.base_folder/f.name)
-        return True
-    finally:
-        socket.setdefaulttimeout(timeout)
-        shutil.rmtree(tmp, ignore_errors=True)
-        if made and not any(root.iterdir()): root.rmdir()
+    return True
+
+# %% ../../nbs/training/03_data.ipynb #085fc0bd
+def _cifar_places(cls, roots):
+    "The folders that may hold the files, in the order in which to look"
+    for r in roots:
+        yield r/cls.base_folder
+        if r.resolve().name==cls.base_folder: yield r
 
 # %% ../../nbs/training/03_data.ipynb #854220be
 def _cifar_folder(name, cls, data_dir, download):
     "The folder with the intact files, after a download if need be"
-    import tarfile
     roots,why = _roots(data_dir),'downloading is off'
-    for r in roots:
-        for folder in (r/cls.base_folder, *[r]*(r.resolve().name==cls.base_folder)):
-            if _cifar_ready(cls, folder): return folder
+    for folder in _cifar_places(cls, roots):
+        if _cifar_ready(cls, folder): return folder
     try:
-        for r in sorted(roots, key=lambda r: not (r/cls.filename).is_file()):
+        for r in sorted(roots, key=lambda r: not (r/cls.filename).is_file()):     # those with an archive first
             if _fetch_cifar(cls, r, download): return r/cls.base_folder
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as e:
-        why = f"the download failed ({' '.join(str(e).split()) or type(e).__name__})"
-    raise _missing(name, data_dir, f'{why}; put {cls.url} there as it is, or name the folder it is in with --data_dir')
+        why = f'the download failed ({_one_line(e)})'
+    get = f'put {cls.url} there as it is, or name the folder it is in with --data_dir'
+    raise _not_found(name, data_dir, f'{why}; {get}')
 
 # %% ../../nbs/training/03_data.ipynb #eaadbffc
-def _cifar(name, data_dir, download, **_):
-    "Images and labels of `cifar10` or `cifar100`"
-    import pickle, numpy as np
-    cls = _cifar_class(name)
-    folder = _cifar_folder(name, cls, data_dir, download)
+def _cifar_arrays(cls, folder):
+    "Images and labels of both splits, and the names of the classes, from intact files in `folder`"
+    import numpy as np
     def read(f): return pickle.loads((folder/f).read_bytes(), encoding='latin1')
     def split(files):
         parts = [read(f) for f,_ in files]
@@ -340,32 +433,52 @@ def _cifar(name, data_dir, download, **_):
         return torch.from_numpy(x),torch.tensor(y, dtype=torch.int64)
     return split(cls.train_list),split(cls.test_list),read(cls.meta['filename'])[cls.meta['key']]
 
-# %% ../../nbs/training/03_data.ipynb #8cc7f34e
-def _damaged(path, what, why):
-    "The error for a file that cannot be read"
-    return DataError(f"{path}: {what} is damaged ({' '.join(str(why).split())}); download the data set again (--data_set digits needs nothing)")
+# %% ../../nbs/training/03_data.ipynb #7ea7dc07
+def _cifar(name, data_dir, download, **_):
+    "Images and labels of `cifar10` or `cifar100`"
+    cls = _cifar_class(name)
+    return _cifar_arrays(cls, _cifar_folder(name, cls, data_dir, download))
 
 # %% ../../nbs/training/03_data.ipynb #ebf5e75c
 class _Tree:
-    "The files of a folder or of a zip archive, by their names in Tiny-ImageNet's folder"
-    def __init__(self, path):
-        import hashlib, threading, zipfile
-        self.path,self.lock,self.zip = path,threading.Lock(),None
-        if path.is_dir():
-            self.files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob('*')) if f.is_file()}
-            stamp = [(n, s.st_size, s.st_mtime_ns) for n,s in ((n, f.stat()) for n,f in self.files.items())]
-        else:
-            try: self.zip = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as e: raise _damaged(path, 'the archive', e) from None
-            top = min((n.removesuffix('wnids.txt') for n in self.zip.namelist() if n.split('/')[-1]=='wnids.txt'), default='')
-            self.files = {i.filename.removeprefix(top): i for i in self.zip.infolist() if i.filename.startswith(top) and not i.is_dir()}
-            stamp = [(n, i.file_size, i.CRC) for n,i in self.files.items()]
-        self.stamp = hashlib.sha256(repr((str(path.resolve()), stamp)).encode()).hexdigest()[:16]
+    "The files of a data set by their names in its folder"
+    def __init__(self, path, files, stamp):
+        self.path,self.files = path,files     # name -> what `content` takes
+        key = repr((str(path.resolve()), stamp))
+        self.stamp = hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def read(self, name):
         "The content of one file; safe to call from several threads"
-        if name not in self.files: raise DataError(f'{self.path} has no {name}; unpack or download it again (--data_set digits needs nothing)')
-        if self.zip is None: return self.files[name].read_bytes()
+        if name not in self.files: raise _incomplete(self.path, name)
+        return self.content(name)
+
+# %% ../../nbs/training/03_data.ipynb #86b4f3c1
+class _FolderTree(_Tree):
+    "The files below a folder"
+    def __init__(self, path):
+        files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob('*')) if f.is_file()}
+        stats = [(name, f.stat()) for name,f in files.items()]
+        super().__init__(path, files, [(name, s.st_size, s.st_mtime_ns) for name,s in stats])
+
+    def content(self, name):
+        "The bytes of file `name`"
+        return self.files[name].read_bytes()
+
+# %% ../../nbs/training/03_data.ipynb #11ca9cdd
+class _ZipTree(_Tree):
+    "The files in a zip archive, below the folder that holds `wnids.txt`"
+    def __init__(self, path):
+        try: self.zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as e: raise _damaged(path, 'the archive', e) from None
+        self.lock = threading.Lock()
+        tops = [n.removesuffix('wnids.txt') for n in self.zip.namelist() if n.split('/')[-1]=='wnids.txt']
+        top = min(tops, default='')
+        inside = [i for i in self.zip.infolist() if i.filename.startswith(top) and not i.is_dir()]
+        files = {i.filename.removeprefix(top): i for i in inside}
+        super().__init__(path, files, [(name, i.file_size, i.CRC) for name,i in files.items()])
+
+    def content(self, name):
+        "The bytes of file `name`"
         try:
             with self.lock: return self.zip.read(self.files[name])
         except Exception as e: raise _damaged(self.path, name, e) from None
@@ -375,41 +488,68 @@ def _find_tiny(data_dir):
     "The tree of Tiny-ImageNet in `data_dir`"
     for r in _roots(data_dir):
         for path in (r, r/'tiny-imagenet-200', r/'tiny-imagenet-200.zip'):
-            if path.is_file() and path.suffix=='.zip' or (path/'wnids.txt').is_file(): return _Tree(path)
-    raise _missing('tinyimagenet', data_dir, 'download http://cs231n.stanford.edu/tiny-imagenet-200.zip and name the folder it is in with --data_dir (it need not be unzipped)')
+            if path.is_file() and path.suffix=='.zip': return _ZipTree(path)
+            if (path/'wnids.txt').is_file(): return _FolderTree(path)
+    get,where = 'download http://cs231n.stanford.edu/tiny-imagenet-200.zip','name the folder it is in with --data_dir'
+    raise _not_found('tinyimagenet', data_dir, f'{get} and {where} (it need not be unzipped)')
+
+# %% ../../nbs/training/03_data.ipynb #7070d76a
+def _pictures(tree, split):
+    "Names of the image files below folder `split`, in alphabetical order"
+    def is_picture(name):
+        file = name.split('/')[-1]
+        return not file.startswith('.') and file.lower().endswith(('.jpeg','.jpg','.png'))
+    return [name for name in sorted(tree.files) if name.startswith(f'{split}/') and is_picture(name)]
+
+# %% ../../nbs/training/03_data.ipynb #e0bcf582
+def _tiny_train(tree, label):
+    "(file name, label) of each training image, and a list of what is missing; `label` maps classes to numbers"
+    files = [(name, name.split('/')[1]) for name in _pictures(tree, 'train')]
+    missing = label.keys() - {w for _,w in files}
+    return [(name, label[w]) for name,w in files if w in label],[f'train/{w}/images/*.JPEG' for w in missing]
+
+# %% ../../nbs/training/03_data.ipynb #6ffaf64f
+def _tiny_val(tree, label):
+    "(file name, label) of each validation image, and a list of what is missing; `label` maps classes to numbers"
+    heap = {name.split('/')[-1]: name for name in _pictures(tree, 'val')}
+    lines = tree.read('val/val_annotations.txt').decode().splitlines()
+    rows = [line.split()[:2] for line in lines if line.strip()]
+    missing = [f'val/images/{f}' for f,_ in rows if f not in heap]
+    missing += [f'class {w} of {f} in wnids.txt' for f,w in rows if w not in label]
+    return [(heap[f], label[w]) for f,w in rows if f in heap and w in label],missing
 
 # %% ../../nbs/training/03_data.ipynb #39ccdff1
 def _tiny_lists(tree):
     "Classes and (file name, label) pairs of both splits"
     wnids = sorted(tree.read('wnids.txt').decode().split())
-    label,train,heap = {w:i for i,w in enumerate(wnids)},[],{}
-    for name in sorted(tree.files):
-        (split,*parts),file = name.split('/'),name.split('/')[-1]
-        if not parts or file.startswith('.') or not file.lower().endswith(('.jpeg','.jpg','.png')): continue
-        if split=='train' and parts[0] in label: train.append((name, label[parts[0]]))
-        if split=='val': heap[file] = name
-    rows = [line.split() for line in tree.read('val/val_annotations.txt').decode().splitlines() if line.strip()]
-    lost = [f'train/{wnids[i]}/images/*.JPEG' for i in set(range(len(wnids)))-{i for _,i in train}]
-    lost += [f'val/images/{f}' for f,*_ in rows if f not in heap] + [f'class {w} of {f} in wnids.txt' for f,w,*_ in rows if w not in label]
-    if lost: raise DataError(f'{tree.path} has no {min(lost)}; unpack or download it again (--data_set digits needs nothing)')
-    return wnids,train,[(heap[f], label[w]) for f,w,*_ in rows]
+    label = {w: i for i,w in enumerate(wnids)}
+    (train,lost),(test,lost_too) = _tiny_train(tree, label),_tiny_val(tree, label)
+    missing = lost + lost_too
+    if missing: raise _incomplete(tree.path, min(missing))
+    return wnids,train,test
+
+# %% ../../nbs/training/03_data.ipynb #6e53cc13
+def _decode_one(tree, name, size):
+    "(3, size, size) uint8 pixels of an image file"
+    import numpy as np
+    from PIL import Image
+    raw = tree.read(name)
+    try: im = np.array(Image.open(io.BytesIO(raw)).convert('RGB'))
+    except Exception as e: raise _damaged(tree.path, name, e) from None
+    if im.shape!=(size, size, 3):
+        raise DataError(f'{tree.path}: {name} has {im.shape[1]}×{im.shape[0]} pixels, expected {size}×{size}')
+    return torch.from_numpy(im).permute(2, 0, 1)
 
 # %% ../../nbs/training/03_data.ipynb #58cf7244
 def _decode(tree, files, size=64):
-    "The images and labels of (file name, label) pairs"
-    import io, numpy as np
+    "Images (N, 3, size, size) uint8 and labels (N,) int64 of (file name, label) pairs"
     from multiprocessing.pool import ThreadPool
-    from PIL import Image
     from tqdm import tqdm
     x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    def one(i):
-        raw = tree.read(files[i][0])
-        try: im = np.array(Image.open(io.BytesIO(raw)).convert('RGB'))
-        except Exception as e: raise _damaged(tree.path, files[i][0], e) from None
-        if im.shape!=(size, size, 3): raise DataError(f'{tree.path}: {files[i][0]} has {im.shape[1]}×{im.shape[0]} pixels, expected {size}×{size}')
-        x[i] = torch.from_numpy(im).permute(2, 0, 1)
+    def one(i): x[i] = _decode_one(tree, files[i][0], size)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        for _ in tqdm(pool.imap(one, range(len(files)), chunksize=64), total=len(files), desc='reading images', disable=not _show_bar(), leave=False): pass
+        done = pool.imap(one, range(len(files)), chunksize=64)
+        for _ in tqdm(done, total=len(files), desc='reading images', disable=not _show_bar(), leave=False): pass
     return x,torch.tensor([y for _,y in files], dtype=torch.int64)
 
 # %% ../../nbs/training/03_data.ipynb #d2804e0a
@@ -420,16 +560,23 @@ def _tinyimagenet(data_dir, **_):
     x,y,xt,yt = cached(f'tinyimagenet-{tree.stamp}', lambda: [*_decode(tree, train), *_decode(tree, test)])
     return (x,y),(xt,yt),wnids
 
+# %% ../../nbs/training/03_data.ipynb #b647d67f
+def _open_image(path):
+    "The image in file `path`, in three channels"
+    from PIL import Image
+    try: return Image.open(path).convert('RGB')
+    except OSError as e: raise DataError(f'{path} cannot be read as an image ({e}); replace it ({_REMEDY})') from None
+
 # %% ../../nbs/training/03_data.ipynb #a43bf431
 class _Images(torch.utils.data.Dataset):
     "Images by (epoch, number); epoch None is the test set"
-    def __init__(self, train, test, seed, train_tfm, test_tfm): self.lists,self.seed,self.tfms = (train,test),seed,(train_tfm,test_tfm)
+    def __init__(self, train, test, seed, train_tfm, test_tfm):
+        self.lists,self.seed,self.tfms = (train,test),seed,(train_tfm,test_tfm)
+
     def __getitem__(self, key):
-        from PIL import Image
         epoch,i = key
         path,y = self.lists[epoch is None][i]
-        try: im = Image.open(path).convert('RGB')
-        except OSError as e: raise DataError(f'{path} cannot be read as an image ({e}); replace it (--data_set digits needs nothing)') from None
+        im = _open_image(path)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed('image', self.seed, epoch, i))
             return self.tfms[epoch is None](im),y
@@ -439,9 +586,9 @@ class FolderData(Data):
     "A data set of image files, read by worker processes"
     def __init__(self,
         name:str,      # of the data set
-        info:DatasetInfo, # what `dataset_info` says of it
-        classes:list,  # names
-        train:list,    # (file, class) of each image
+        info:DatasetInfo, # description, in the channels asked for
+        classes:list,  # names of the classes
+        train:list,    # (path, label) of each image
         test:list,     # the same of the test images
         workers:int=0, # processes that read images
         **kwargs):
@@ -450,15 +597,16 @@ class FolderData(Data):
         self.workers,size = workers,info.image_size
         tail = [T.Grayscale()]*(info.channels==1) + [T.ToTensor(), T.Normalize(info.mean, info.std)]
         middle = [T.Resize(size*8//7), T.CenterCrop(size)]
-        crops = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
-        self.images = _Images(train, test, self.seed, T.Compose([*crops, *tail]), T.Compose([*middle, *tail]))
+        part = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
+        self.images = _Images(train, test, self.seed, T.Compose([*part, *tail]), T.Compose([*middle, *tail]))
 
 # %% ../../nbs/training/03_data.ipynb #303d51a3
 @patch
 def _load(self:FolderData, batches):
     "Batches of the images with these keys"
     cuda = self.device.type=='cuda'
-    loader = torch.utils.data.DataLoader(self.images, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(self.images, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda,
+                                         generator=torch.Generator())
     try:
         for x,y in loader: yield x.to(self.device, non_blocking=cuda),y.to(self.device, non_blocking=cuda)
     except DataError as e:  # a worker wraps the message in its traceback, whose last line it is
@@ -473,6 +621,7 @@ def train_batches(self:FolderData,
     "The training batches of an epoch, randomly cropped and mirrored"
     yield from self._load([[(epoch, i) for i in ids[mine].tolist()] for _,ids,mine in self.plan(epoch, start)])
 
+# %% ../../nbs/training/03_data.ipynb #5edd1a38
 @patch
 def test_batches(self:FolderData): # yields x (N, C, H, W) float32, y (N,) int64
     "This process's test images: resized, centre cropped"
@@ -480,43 +629,72 @@ def test_batches(self:FolderData): # yields x (N, C, H, W) float32, y (N,) int64
     yield from self._load([mine[i:i+self.eval_batch_size] for i in range(0, len(mine), self.eval_batch_size)])
 
 # %% ../../nbs/training/03_data.ipynb #4a8f69b4
+_IMAGENET = ('it needs folders train and val with one folder of images for each class, '
+             'from https://image-net.org/challenges/LSVRC/2012; name the folder that holds them with --data_dir')
+
 def _imagenet(data_dir, **_):
-    "Classes and (path, label) lists of `imagenet`"
+    "(path, label) lists of both splits and class names of `imagenet`"
     from torchvision.datasets import ImageFolder
-    how = 'it needs folders train and val with one folder of images for each class, from https://image-net.org/challenges/LSVRC/2012; name the folder that holds them with --data_dir'
     found = [p for r in _roots(data_dir) for p in (r, r/'imagenet') if (p/'train').is_dir() and (p/'val').is_dir()]
-    if not found: raise _missing('imagenet', data_dir, how)
+    if not found: raise _not_found('imagenet', data_dir, _IMAGENET)
+    where = f'imagenet in {found[0]}'
     try: train,test = (ImageFolder(str(found[0]/s)) for s in ('train','val'))
-    except FileNotFoundError as e: raise DataError(f"imagenet in {found[0]}: {' '.join(str(e).split())}; {how}; --data_set digits needs nothing") from None
+    except FileNotFoundError as e: raise DataError(f'{where}: {_one_line(e)}; {_IMAGENET}; {_REMEDY}') from None
     odd = sorted(set(train.classes) ^ set(test.classes))
-    if odd: raise DataError(f'imagenet in {found[0]}: train and val must have the same class folders, but only one has {odd[0]} ({len(odd)} such); --data_set digits needs nothing')
-    return train.samples,test.samples,train.classes
+    if not odd: return train.samples,test.samples,train.classes
+    why = f'train and val must have the same class folders, but only one has {odd[0]} ({len(odd)} such)'
+    raise DataError(f'{where}: {why}; {_REMEDY}')
 
 # %% ../../nbs/training/03_data.ipynb #dd8356d9
-def _whole(name, value, least):
-    "Raise unless `value` is a whole number of at least `least`"
-    if not isinstance(value, int) or isinstance(value, bool) or value<least: raise DataError(f'{name}={value!r}: expected a whole number, {least} or more')
-
-def _first(split, n, name, what):
-    "A fixed choice of `n` images, spread over the classes as a random choice is"
-    have = len(split[0])
+def _subset(
+    split,    # (x, y) tensors, or a list of (path, label)
+    n,        # number of images to choose; None is all
+    name,     # of the data set, for the message
+    what,     # 'train' or 'test'
+):
+    "A fixed choice of `n` images of `split`"
+    have = len(split) if isinstance(split, list) else len(split[0])
     if n is None or n==have: return split
     if n>have: raise DataError(f'n_{what}={n}: {name} has only {have} {what} images')
     keep = torch.randperm(have, generator=rng('subset', what))[:n].sort().values
-    return tuple(t[keep] for t in split)
+    return [split[i] for i in keep.tolist()] if isinstance(split, list) else tuple(t[keep] for t in split)
 
 # %% ../../nbs/training/03_data.ipynb #c8dd109f
-def _some(files, n, name, what):
-    "`_first` for a list of (path, label) pairs"
-    keep, = _first((torch.arange(len(files)),), n, name, what)
-    return [files[i] for i in keep.tolist()]
-
-def _recolour(split, channels):
+def _recolour(
+    split,    # x (N, 1 or 3, H, W) uint8, y (N,) int64
+    channels, # 1 or 3
+):
     "Grey images repeated, or colours mixed to grey, where `channels` asks for it"
     x,y = split
     if x.shape[1]==1: x = x.repeat(1, channels, 1, 1)
     if x.shape[1]>channels: x = sum(g*x[:,i:i+1].float() for i,g in enumerate(GREY)).round().byte()
     return x.contiguous(),y
+
+# %% ../../nbs/training/03_data.ipynb #b9cb778c
+def _check_counts(batch_size, eval_batch_size, n_train, n_test, workers, rank, world_size):
+    "Raise unless the numbers make sense and every process gets an equal share of a batch"
+    given = dict(batch_size=(batch_size,1), eval_batch_size=(eval_batch_size,1), n_train=(n_train,1), n_test=(n_test,1),
+                 workers=(workers,0), world_size=(world_size,1))
+    with _as_data_error():
+        for k,(v,least) in given.items():
+            if v is not None: whole_number(v, k, least)
+        whole_number(rank, 'rank', 0, world_size-1)
+    if batch_size % world_size:
+        want = f'expected a multiple of world_size={world_size}, so that every process gets an equal share'
+        raise DataError(f'batch_size={batch_size}: {want}')
+
+# %% ../../nbs/training/03_data.ipynb #a706ed36
+def _read(name, info, n_train, n_test, **where):
+    "Training part, test part and class names of data set `name`"
+    loader = dict(cifar10=_cifar, cifar100=_cifar, tinyimagenet=_tinyimagenet, imagenet=_imagenet,
+                  digits=_digits, glyphs=_glyphs)[name]
+    try: train,test,classes = loader(name=name, n_train=n_train, n_test=n_test, **where)
+    except OSError as e:
+        raise DataError(f'{name}: {e.filename} cannot be read ({e.strerror or e}); {_REMEDY}') from None
+    if len(classes)>info.num_classes:
+        found = f'found {len(classes)} classes, expected at most {info.num_classes}'
+        raise DataError(f'{name}: {found}; {_REMEDY}')
+    return _subset(train, n_train, name, 'train'),_subset(test, n_test, name, 'test'),classes
 
 # %% ../../nbs/training/03_data.ipynb #21296110
 def load_data(
@@ -536,18 +714,12 @@ def load_data(
 )->Data:
     "The data set `name`, ready to hand out batches"
     info = with_channels(dataset_info(name), channels)
-    for k,v,least in (('batch_size',batch_size,1), ('eval_batch_size',eval_batch_size,1), ('n_train',n_train,1), ('n_test',n_test,1), ('workers',workers,0), ('world_size',world_size,1)):
-        if v is not None: _whole(k, v, least)
-    if not 0<=rank<world_size: raise DataError(f'rank={rank}: expected 0 to {world_size-1}, below world_size')
-    if batch_size % world_size: raise DataError(f'batch_size={batch_size}: expected a multiple of world_size={world_size}, so that every process gets an equal share')
-    loader = dict(cifar10=_cifar, cifar100=_cifar, tinyimagenet=_tinyimagenet, imagenet=_imagenet, digits=_digits, glyphs=_glyphs)[name]
-    try: train,test,classes = loader(name=name, data_dir=data_dir, download=download, n_train=n_train, n_test=n_test)
-    except OSError as e: raise DataError(f'{name}: {e.filename} cannot be read ({e.strerror or e}); --data_set digits needs nothing') from None
-    if len(classes)>info.num_classes: raise DataError(f'{name}: found {len(classes)} classes, expected at most {info.num_classes}; --data_set digits needs nothing')
-    kwargs = dict(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
-    if name=='imagenet': return FolderData(name, info, classes, _some(train, n_train, name, 'train'), _some(test, n_test, name, 'test'), workers=workers, **kwargs)
-    train,test = (_recolour(_first(s, n, name, w), channels) for s,n,w in ((train,n_train,'train'), (test,n_test,'test')))
-    return TensorData(name, info, classes, train, test, **kwargs)
+    _check_counts(batch_size, eval_batch_size, n_train, n_test, workers, rank, world_size)
+    train,test,classes = _read(name, info, n_train, n_test, data_dir=data_dir, download=download)
+    kwargs = dict(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, device=device,
+                  rank=rank, world_size=world_size)
+    if name=='imagenet': return FolderData(name, info, classes, train, test, workers=workers, **kwargs)
+    return TensorData(name, info, classes, _recolour(train, channels), _recolour(test, channels), **kwargs)
 
 # %% ../../nbs/training/03_data.ipynb #b3e58d11
 @patch

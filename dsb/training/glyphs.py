@@ -9,6 +9,7 @@ __all__ = ['GLYPH_CHARS', 'GLYPH_CLASSES', 'GLYPH_FONTS', 'GLYPH_CHUNK', 'GLYPH_
 
 # %% ../../nbs/training/02_glyphs.ipynb #82681dd5
 import hashlib, string
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ GLYPH_CHARS   = string.digits + string.ascii_uppercase + string.ascii_lowercase
 GLYPH_CLASSES = string.digits + string.ascii_uppercase + 'abdefghnqrt'
 
 # %% ../../nbs/training/02_glyphs.ipynb #f541c915
-def spellings()->torch.Tensor: # (47, 2) int64 positions in `GLYPH_CHARS`; both entries are equal in a class of one character
+def spellings()->torch.Tensor: # (47, 2) int64 positions in `GLYPH_CHARS`; equal ones in a class of one character
     "The two characters that each class draws from"
-    other = [c.lower() if c.isupper() and c.lower() not in GLYPH_CLASSES else c for c in GLYPH_CLASSES]
-    return torch.tensor([[GLYPH_CHARS.index(c), GLYPH_CHARS.index(o)] for c,o in zip(GLYPH_CLASSES, other)])
+    other = [c if c.lower() in GLYPH_CLASSES else c.lower() for c in GLYPH_CLASSES]
+    return torch.tensor([[GLYPH_CHARS.index(c) for c in pair] for pair in zip(GLYPH_CLASSES, other)])
 
 # %% ../../nbs/training/02_glyphs.ipynb #3ac1587e
 GLYPH_FONTS = (
@@ -34,6 +35,25 @@ GLYPH_FONTS = (
     *(f'STIXGeneral{s}'    for s in ('', 'Bol', 'Italic', 'BolIta')),
     'cmr10', 'cmb10', 'cmss10', 'cmti10', 'cmtt10')
 
+# %% ../../nbs/training/02_glyphs.ipynb #265cf331
+def _font(name, size):
+    "The font in matplotlib's file `name`, for drawing at `size` pixels"
+    settle_matplotlib()
+    import matplotlib
+    from PIL import ImageFont
+    path = Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{name}.ttf'
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+# %% ../../nbs/training/02_glyphs.ipynb #88887231
+def _drawing(char, font, cell):
+    "(cell, cell) float32 coverage of one character, in [0,1]"
+    import numpy as np
+    from PIL import Image, ImageDraw
+    im = Image.new('L', (cell, cell))
+    x0,y0,x1,y1 = font.getbbox(char)
+    ImageDraw.Draw(im).text(((cell-x0-x1)/2, (cell-y0-y1)/2), char, fill=255, font=font)
+    return torch.from_numpy(np.asarray(im, np.float32)/255)
+
 # %% ../../nbs/training/02_glyphs.ipynb #c42dbd75
 def atlas(
     fonts:tuple=GLYPH_FONTS, # font file names in matplotlib's folder, without `.ttf`
@@ -41,18 +61,8 @@ def atlas(
     cell:int=48,             # side of a cell in pixels
 )->torch.Tensor:             # (fonts, chars, cell, cell) float32 coverage in [0,1]
     "The large drawing of every character in every font"
-    settle_matplotlib()
-    import matplotlib, numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-    out = np.zeros((len(fonts), len(chars), cell, cell), np.float32)
-    for i,name in enumerate(fonts):
-        path = Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{name}.ttf'
-        font = ImageFont.truetype(str(path), round(cell*.8), layout_engine=ImageFont.Layout.BASIC)
-        for j,c in enumerate(chars):
-            im = Image.new('L', (cell, cell)); x0,y0,x1,y1 = font.getbbox(c)
-            ImageDraw.Draw(im).text(((cell-x0-x1)/2, (cell-y0-y1)/2), c, fill=255, font=font)
-            out[i,j] = np.asarray(im, np.float32)/255
-    return torch.from_numpy(out)
+    faces = [_font(name, round(cell*.8)) for name in fonts]
+    return torch.stack([torch.stack([_drawing(c, face, cell) for c in chars]) for face in faces])
 
 # %% ../../nbs/training/02_glyphs.ipynb #92291e12
 def show_images(
@@ -75,7 +85,8 @@ def show_images(
     return fig
 
 # %% ../../nbs/training/02_glyphs.ipynb #bf918437
-GLYPH_CHUNK,GLYPH_VERSION = 5*len(GLYPH_CLASSES),1
+GLYPH_CHUNK = 5*len(GLYPH_CLASSES)  # images in a chunk
+GLYPH_VERSION = 1                   # of the drawing code
 
 def mix_seed(
     *parts, # ints or strings that name a random stream
@@ -83,6 +94,7 @@ def mix_seed(
     "A seed for the stream that `parts` name, the same on every machine"
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little') >> 1
 
+# %% ../../nbs/training/02_glyphs.ipynb #0423fd4a
 def rng(
     *parts, # ints or strings that name a random stream
 )->torch.Generator:
@@ -91,7 +103,7 @@ def rng(
 
 # %% ../../nbs/training/02_glyphs.ipynb #40b59a90
 def _between(g, shape, lo, hi):
-    "Uniform numbers between `lo` and `hi`"
+    "float32 of `shape`, uniform between `lo` and `hi`"
     return torch.rand(shape, generator=g)*(hi-lo) + lo
 
 # %% ../../nbs/training/02_glyphs.ipynb #180d6251
@@ -107,8 +119,8 @@ def pose(
     "The maps that place glyphs in images"
     c,s = angle.cos(),angle.sin()
     a,b = scale*stretch,scale/stretch
-    fwd = torch.stack([torch.stack([c*a, (c*shear-s)*b], -1), torch.stack([s*a, (s*shear+c)*b], -1)], -2)
-    inv = torch.linalg.inv(fwd)*(size/cell)
+    x,y = torch.stack([c*a, (c*shear-s)*b], -1),torch.stack([s*a, (s*shear+c)*b], -1)  # rows of R S D
+    inv = torch.linalg.inv(torch.stack([x, y], -2))*(size/cell)
     return torch.cat([inv, -inv@(shift/(size/2))[...,None]], -1)
 
 # %% ../../nbs/training/02_glyphs.ipynb #e7337db2
@@ -128,9 +140,11 @@ def random_pose(
     reach:tuple=(0,4), # smallest and largest distance of the glyph's centre from the image's, in pixels
 )->torch.Tensor:       # (n, 2, 3) float32
     "Random maps for `place`"
-    far,way = _between(g, n, *reach),_between(g, n, 0, 2*torch.pi)
-    return pose(_between(g, n, .5, .85), _between(g, n, -.3, .3), _between(g, n, -.3, .3),
-                1.2**_between(g, n, -1, 1), torch.stack([far*way.cos(), far*way.sin()], -1))
+    far = _between(g, n, *reach)
+    way = _between(g, n, 0, 2*torch.pi)
+    scale,angle,shear = _between(g, n, .5, .85),_between(g, n, -.3, .3),_between(g, n, -.3, .3)
+    stretch = 1.2**_between(g, n, -1, 1)
+    return pose(scale, angle, shear, stretch, torch.stack([far*way.cos(), far*way.sin()], -1))
 
 # %% ../../nbs/training/02_glyphs.ipynb #a05c8989
 def backgrounds(
@@ -189,7 +203,9 @@ def lines(
 )->torch.Tensor:       # (n, 1, size, size) float32 coverage
     "One straight line across each image"
     t = torch.arange(size)-(size-1)/2
-    way,off,width = _between(g, (n,1,1), 0, torch.pi),_between(g, (n,1,1), -12, 12),_between(g, (n,1,1), .6, 2.)
+    way = _between(g, (n,1,1), 0, torch.pi)
+    off = _between(g, (n,1,1), -12, 12)
+    width = _between(g, (n,1,1), .6, 2.)
     away = (way.cos()*t + way.sin()*t[:,None] - off).abs()
     return (width/2+.5-away).clamp(0, 1)[:,None]
 
@@ -201,7 +217,8 @@ def patches(
 )->torch.Tensor:       # (n, 1, size, size) float32 coverage
     "One ellipse near the middle of each image"
     t = torch.arange(size)-(size-1)/2
-    (x,y),(a,b) = _between(g, (2,n,1,1), -8, 8),_between(g, (2,n,1,1), 2, 5)
+    x,y = _between(g, (2,n,1,1), -8, 8)
+    a,b = _between(g, (2,n,1,1), 2, 5)
     away = (((t-x)/a)**2 + ((t[:,None]-y)/b)**2).sqrt()
     return ((1-away)*torch.minimum(a, b)+.5).clamp(0, 1)[:,None]
 
@@ -219,6 +236,20 @@ def camera(
     noise = torch.randn(x.shape, generator=g)*_between(g, (len(x),1,1,1), 0, .07)*clutter
     return ((x+noise).clamp(0, 1)*255).round().byte()
 
+# %% ../../nbs/training/02_glyphs.ipynb #9ab22159
+def _subjects(n_fonts, g):
+    "Class, character and font of each image of a chunk, three (235,) int64"
+    y = torch.arange(len(GLYPH_CLASSES)).repeat(5)[torch.randperm(GLYPH_CHUNK, generator=g)]
+    char = spellings()[y, torch.randint(2, (GLYPH_CHUNK,), generator=g)]
+    font = torch.randint(n_fonts, (GLYPH_CHUNK,), generator=g)
+    return y,char,font
+
+# %% ../../nbs/training/02_glyphs.ipynb #5a0677fc
+def _lay(x, cover, chance, g):
+    "Images (N, 3, H, W) with `cover` (N, 1, H, W) in a random colour on a share `chance` of them"
+    there = torch.rand(len(x), 1, 1, 1, generator=g) < chance
+    return paint(x, torch.rand(len(x), 3, 1, 1, generator=g), cover*there)
+
 # %% ../../nbs/training/02_glyphs.ipynb #13fcd6a5
 def glyph_chunk(
     drawings:torch.Tensor, # (fonts, 62, cell, cell) from `atlas`
@@ -229,20 +260,24 @@ def glyph_chunk(
 ):                         # images (235, 3, 32, 32) uint8, labels (235,) int64
     "One chunk of the data set: five images of every class in random order"
     g,n = rng('glyphs', GLYPH_VERSION, seed, split, chunk),GLYPH_CHUNK
-    y = torch.arange(len(GLYPH_CLASSES)).repeat(5)[torch.randperm(n, generator=g)]
-    char = spellings()[y, torch.randint(2, (n,), generator=g)]
-    font = torch.randint(len(drawings), (n,), generator=g)
+    y,char,font = _subjects(len(drawings), g)
     x = backgrounds(n, g, clutter)
     colour = ink(x.mean((2,3)), g)
-    def lay(x, cover, chance):
-        there = torch.rand(n, 1, 1, 1, generator=g) < chance*clutter
-        return paint(x, torch.rand(n, 3, 1, 1, generator=g), cover*there)
-    for chance in (.5,.3): x = lay(x, scraps(drawings, n, g), chance)
-    x = lay(x, lines(n, g), .3)
+    for chance in (.5,.3): x = _lay(x, scraps(drawings, n, g), chance*clutter, g)
+    x = _lay(x, lines(n, g), .3*clutter, g)
     x = paint(x, colour, place(drawings[font,char], random_pose(n, g)))
-    x = lay(x, lines(n, g), .3)
-    x = lay(x, patches(n, g), .4)
+    x = _lay(x, lines(n, g), .3*clutter, g)
+    x = _lay(x, patches(n, g), .4*clutter, g)
     return camera(x, g, clutter),y
+
+# %% ../../nbs/training/02_glyphs.ipynb #75d16aed
+@contextmanager
+def _one_thread():
+    "Let torch compute on one thread for the length of a `with` block"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/training/02_glyphs.ipynb #89793528
 def make_glyphs(
@@ -257,14 +292,12 @@ def make_glyphs(
     if n<1: raise ValueError(f'n={n}: expected at least one image')
     if clutter<0: raise ValueError(f'clutter={clutter}: expected 0 (plain glyphs) or more')
     x,y = torch.empty(n, 3, 32, 32, dtype=torch.uint8),torch.empty(n, dtype=torch.int64)
-    drawings,threads = atlas(),torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tqdm(total=n, desc=f'glyphs {split}', unit='img', disable=not progress, leave=False) as bar:
-            for chunk,i in enumerate(range(0, n, GLYPH_CHUNK)):
-                cx,cy = glyph_chunk(drawings, seed, split, chunk, clutter)
-                k = min(GLYPH_CHUNK, n-i)
-                x[i:i+k],y[i:i+k] = cx[:k],cy[:k]
-                bar.update(k)
-    finally: torch.set_num_threads(threads)
+    drawings = atlas()
+    bar = tqdm(total=n, desc=f'glyphs {split}', unit='img', disable=not progress, leave=False)
+    with _one_thread(), bar:
+        for chunk,i in enumerate(range(0, n, GLYPH_CHUNK)):
+            cx,cy = glyph_chunk(drawings, seed, split, chunk, clutter)
+            k = min(GLYPH_CHUNK, n-i)
+            x[i:i+k],y[i:i+k] = cx[:k],cy[:k]
+            bar.update(k)
     return x,y

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core import one_of, whole_number
+
 # %% ../../nbs/training/01_models.ipynb #8d098fb6
 def out_shape(
     module:nn.Module, # any module; it is copied to the meta device, not changed
@@ -43,8 +45,8 @@ def n_weights(
 # %% ../../nbs/training/01_models.ipynb #487aa430
 @contextmanager
 def hooked(
-    modules, # to hook
-    hook,    # called with (module, inputs, output)
+    modules, # iterable of the modules to hook
+    hook,    # called with (module, inputs, output) after each forward pass
 ):
     "Keep the forward `hook` on all of `modules` for the length of a `with` block"
     handles = [m.register_forward_hook(hook) for m in modules]
@@ -52,6 +54,7 @@ def hooked(
     finally:
         for h in handles: h.remove()
 
+# %% ../../nbs/training/01_models.ipynb #c3722510
 @contextmanager
 def evaluating(
     model:nn.Module, # changed for the block only
@@ -79,7 +82,7 @@ def layer_macs(
     with hooked(names, count), evaluating(model), torch.no_grad(): model(x)
     return macs
 
-# %% ../../nbs/training/01_models.ipynb #65d39e13
+# %% ../../nbs/training/01_models.ipynb #e1a53d65
 def count_macs(
     model:nn.Module,                # any model of images
     image_size:int,                 # height and width of an image, in pixels
@@ -214,7 +217,7 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = same_conv(width, width, 3), nn.BatchNorm2d(width)
         self.downsample = shortcut(i, width, stride)
 
-    def forward(self, x):
+    def forward(self, x): # (N,i,H,W) -> (N,width,H/stride,W/stride)
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         return F.relu(y + self.downsample(x), inplace=True)
@@ -235,7 +238,7 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = same_conv(width, o, 1), nn.BatchNorm2d(o)
         self.downsample = shortcut(i, o, stride)
 
-    def forward(self, x):
+    def forward(self, x): # (N,i,H,W) -> (N,4·width,H/stride,W/stride)
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
@@ -248,9 +251,15 @@ def stem_kind(
 )->str:               # 'cifar' up to 63 pixels, 'pool' up to 127, 'imagenet' above
     "The stem that suits `image_size`"
     kinds = 'cifar', 'pool', 'imagenet'
-    if stem in kinds: return stem
-    if stem != 'auto': raise ValueError(f"stem={stem!r}: expected 'auto', 'cifar', 'pool' or 'imagenet'")
+    if one_of(stem, ('auto', *kinds), 'stem') != 'auto': return stem
     return kinds[(image_size >= 64) + (image_size >= 128)]
+
+# %% ../../nbs/training/01_models.ipynb #4b0dccc4
+def _stem(kind, o):
+    "What comes before the first block, from 3 to `o` channels: name -> module"
+    conv = nn.Conv2d(3, o, 7, 2, 3, bias=False) if kind == 'imagenet' else same_conv(3, o, 3)
+    pool = nn.Identity() if kind == 'cifar' else nn.MaxPool2d(3, 2, 1)
+    return OrderedDict(conv1=conv, bn1=nn.BatchNorm2d(o), relu=nn.ReLU(inplace=True), maxpool=pool)
 
 # %% ../../nbs/training/01_models.ipynb #b63b449c
 def resnet(
@@ -262,16 +271,15 @@ def resnet(
 )->nn.Sequential:    # (N,3,H,W) -> logits (N,num_classes)
     "ResNet with `depths` blocks in stages of 64, 128, 256 and 512 channels"
     i = scaled(64, width)
-    first = nn.Conv2d(3, i, 7, 2, 3, bias=False) if stem == 'imagenet' else same_conv(3, i, 3)
-    pool = nn.Identity() if stem == 'cifar' else nn.MaxPool2d(3, 2, 1)
-    layers = OrderedDict(conv1=first, bn1=nn.BatchNorm2d(i), relu=nn.ReLU(inplace=True), maxpool=pool)
+    layers = _stem(stem, i)
     for n, depth in enumerate(depths):
         stage, o = [], scaled(64 * 2**n, width)
         for b in range(depth):
             stage.append(block(i, o, 2 if n and not b else 1))
             i = o * block.expansion
         layers[f'layer{n+1}'] = nn.Sequential(*stage)
-    return nn.Sequential(layers | dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(i, num_classes)))
+    head = dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(i, num_classes))
+    return nn.Sequential(layers | head)
 
 # %% ../../nbs/training/01_models.ipynb #21f77b55
 class PreActBlock(nn.Module):
@@ -288,11 +296,18 @@ class PreActBlock(nn.Module):
         self.drop = nn.Dropout(dropout) if dropout else None
         self.shortcut = None if stride == 1 and i == o else same_conv(i, o, 1, stride)
 
-    def forward(self, x):
+    def forward(self, x): # (N,i,H,W) -> (N,o,H/stride,W/stride)
         a = F.relu(self.bn1(x), inplace=True)
         y = F.relu(self.bn2(self.conv1(a)), inplace=True)
         if self.drop is not None: y = self.drop(y)
         return self.conv2(y) + (x if self.shortcut is None else self.shortcut(a))
+
+# %% ../../nbs/training/01_models.ipynb #91ec8281
+def _normal_by_outputs(model):
+    "Draw the convolutions' weights with variance 2/(kh·kw·O); returns `model`"
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=(2 / m.weight[:,0].numel())**.5)
+    return model
 
 # %% ../../nbs/training/01_models.ipynb #eb1a3f80
 def wrn(
@@ -309,11 +324,9 @@ def wrn(
         shapes = [(i, o, 2 if n else 1)] + [(o, o, 1)] * ((depth-4)//6 - 1)
         layers[f'group{n+1}'] = nn.Sequential(*[PreActBlock(*s, dropout) for s in shapes])
         i = o
-    model = nn.Sequential(layers | dict(bn=nn.BatchNorm2d(i), relu=nn.ReLU(inplace=True),
-        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(i, num_classes)))
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=(2 / m.weight[:,0].numel())**.5)
-    return model
+    layers |= dict(bn=nn.BatchNorm2d(i), relu=nn.ReLU(inplace=True))
+    layers |= dict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(i, num_classes))
+    return _normal_by_outputs(nn.Sequential(layers))
 
 # %% ../../nbs/training/01_models.ipynb #c1640f37
 def model_names()->list: # as `create_model` prefers them; any wrn-depth-width with depth 6n+4 works too
@@ -321,21 +334,32 @@ def model_names()->list: # as `create_model` prefers them; any wrn-depth-width w
     return ('alexnet-s alexnet-b vgg-c vgg-d vgg-like wrn-22-2 wrn-28-2 wrn-22-8 wrn-16-8 wrn-16-10 '
             'ResNet18 ResNet34 ResNet50 mlp lenet5 lenet300-100').split()
 
+# %% ../../nbs/training/01_models.ipynb #1ed73e3d
+def _squash(name):
+    "`name` in lower case, without dashes, underscores and spaces"
+    return re.sub('[-_ ]', '', name.lower())
+
+# %% ../../nbs/training/01_models.ipynb #00d1d7fe
+def _nearest_wrn(depth, k):
+    "The name of the WideResNet that is nearest to `depth` convolutions and `k` times the width"
+    return f'wrn-{max(6*round((depth-4)/6) + 4, 10)}-{max(k, 1)}'
+
 # %% ../../nbs/training/01_models.ipynb #e41cf5da
 def canonical_name(
     name:str, # name of a model, in any case, with or without dashes
 )->str:       # the same as in `model_names`, or as wrn-depth-width
     "The one spelling of a model's name"
-    squash = lambda s: re.sub('[-_ ]', '', s.lower())
-    names = {squash(n): n for n in model_names()} | {'mlpcifar10': 'mlp'}
-    if wide := re.fullmatch(r'wrn[-_ ]?(\d+)[-_ ](\d+)', name.lower()):
+    names = {_squash(n): n for n in model_names()} | {'mlpcifar10': 'mlp'}
+    squashed, wide = _squash(name), re.fullmatch(r'wrn[-_ ]?(\d+)[-_ ](\d+)', name.lower())
+    if wide:
         depth, k = map(int, wide.groups())
-        near = f'wrn-{max(6*round((depth-4)/6) + 4, 10)}-{max(k, 1)}'
+        near = _nearest_wrn(depth, k)
         if near == f'wrn-{depth}-{k}': return near
-    elif squash(name) in names: return names[squash(name)]
-    else: near = names[difflib.get_close_matches(squash(name), names, 1, cutoff=0)[0]]
-    raise ValueError(f"model {name!r}: unknown, did you mean {near}? Expected one of {', '.join(model_names())} "
-                     "or another wrn-depth-width with depth 10, 16, 22, 28, 34, ...")
+    elif squashed in names: return names[squashed]
+    else: near = names[difflib.get_close_matches(squashed, names, 1, cutoff=0)[0]]
+    known = ', '.join(model_names())
+    raise ValueError(f'model {name!r}: unknown, did you mean {near}? Expected one of {known} '
+                     'or another wrn-depth-width with depth 10, 16, 22, 28, 34, ...')
 
 # %% ../../nbs/training/01_models.ipynb #78389505
 def model_channels(
@@ -346,27 +370,27 @@ def model_channels(
     return dataset_channels if canonical_name(name) in ('mlp', 'lenet5', 'lenet300-100') else 3
 
 # %% ../../nbs/training/01_models.ipynb #cee708e5
-def _build(name, num_classes, image_size, in_channels, dropout, stem, width):
+def _network(name, num_classes, image_size, in_channels, dropout, stem, width):
     "The network of a canonical `name`, arguments unchecked"
     if name.startswith('wrn'): return wrn(*map(int, name.split('-')[1:]), num_classes, dropout, width)
-    if name.startswith('ResNet'):
-        block, depths = dict(ResNet18=(BasicBlock, (2,2,2,2)), ResNet34=(BasicBlock, (3,4,6,3)),
-                             ResNet50=(Bottleneck, (3,4,6,3)))[name]
-        return resnet(block, depths, num_classes, stem_kind(image_size, stem), width)
-    return {'alexnet-s': partial(alexnet, units=1024), 'alexnet-b': partial(alexnet, units=2048),
+    resnets = dict(ResNet18=(BasicBlock, (2,2,2,2)), ResNet34=(BasicBlock, (3,4,6,3)), ResNet50=(Bottleneck, (3,4,6,3)))
+    if name in resnets: return resnet(*resnets[name], num_classes, stem_kind(image_size, stem), width)
+    image = dict(image_size=image_size, in_channels=in_channels)
+    make = {'alexnet-s': partial(alexnet, units=1024), 'alexnet-b': partial(alexnet, units=2048),
             'vgg-c': partial(vgg, third=1), 'vgg-d': vgg, 'vgg-like': partial(vgg, hidden=1),
-            'mlp': partial(mlp, image_size=image_size, in_channels=in_channels),
-            'lenet300-100': partial(mlp, image_size=image_size, in_channels=in_channels, widths=(300, 100)),
-            'lenet5': partial(lenet5, image_size=image_size, in_channels=in_channels)}[name](num_classes, width=width)
+            'mlp': partial(mlp, **image), 'lenet300-100': partial(mlp, **image, widths=(300, 100)),
+            'lenet5': partial(lenet5, **image)}
+    return make[name](num_classes, width=width)
 
 # %% ../../nbs/training/01_models.ipynb #ae91f00a
-def _fits(name, image_size, in_channels=3, stem='auto', width=1.):
+def _fits(name, image_size, in_channels=3, stem='auto'):
     "Whether the model can work on images of `image_size`, by a run on the meta device"
-    shape = 2, in_channels, image_size, image_size
     try:
-        with torch.device('meta'): return out_shape(_build(name, 2, image_size, in_channels, 0., stem, width), *shape) == (2, 2)
+        with torch.device('meta'): model = _network(name, 2, image_size, in_channels, 0., stem, 1.)
+        return out_shape(model, 2, in_channels, image_size, image_size) == (2, 2)
     except RuntimeError: return False
 
+# %% ../../nbs/training/01_models.ipynb #3c6e33c4
 def smallest_image(
     name:str, # name of a model
 )->int:       # height and width, in pixels
@@ -375,22 +399,40 @@ def smallest_image(
     return next(s for s in range(1, 257) if _fits(name, s))
 
 # %% ../../nbs/training/01_models.ipynb #94719bec
-def _check(name, num_classes, image_size, in_channels, dropout, stem, width):
-    "Raise unless the model `name` can be built and can take such images"
-    for k, v in dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels).items():
-        if not isinstance(v, int) or v < 1: raise ValueError(f'{k}={v!r}: expected a whole number from 1 up')
+def _check_ranges(num_classes, image_size, in_channels, dropout, width):
+    "Raise unless every number is in its range"
+    whole_number(num_classes, 'num_classes')
+    whole_number(image_size, 'image_size')
+    whole_number(in_channels, 'in_channels')
     if not 0 <= dropout < 1: raise ValueError(f'dropout={dropout}: expected a share in [0,1)')
-    if not 0 < width < math.inf: raise ValueError(f'width={width}: expected a finite factor above 0, 1 for the network as it is')
+    if not 0 < width < math.inf:
+        raise ValueError(f'width={width}: expected a finite factor above 0, 1 for the network as it is')
+
+# %% ../../nbs/training/01_models.ipynb #f6887743
+def _check_options(name, image_size, in_channels, dropout, stem):
+    "Raise if the model `name` does not have what is asked of it"
     if dropout and not name.startswith('wrn'):
         raise ValueError(f'dropout={dropout}: {name} has no dropout, only wrn models do; leave it at 0')
     if stem != 'auto' and not name.startswith('ResNet'):
         raise ValueError(f"stem={stem!r}: {name} has only one stem, leave it at 'auto'")
     if in_channels != model_channels(name, in_channels):
-        raise ValueError(f'in_channels={in_channels}: {name} takes 3, repeat the channels of the images or use mlp or lenet5')
+        remedy = 'repeat the channels of the images or use mlp or lenet5'
+        raise ValueError(f'in_channels={in_channels}: {name} takes 3, {remedy}')
     stem_kind(image_size, stem)
-    if not _fits(name, image_size, in_channels, stem):
-        raise ValueError(f'image_size={image_size}: too small for {name}, which needs {smallest_image(name)} or more; '
-                         'resize the images or choose another model')
+
+# %% ../../nbs/training/01_models.ipynb #099cea80
+def _check_image(name, image_size, in_channels, stem):
+    "Raise if images of `image_size` are too small for the model `name`"
+    if _fits(name, image_size, in_channels, stem): return
+    raise ValueError(f'image_size={image_size}: too small for {name}, which needs {smallest_image(name)} or more; '
+                     'resize the images or choose another model')
+
+# %% ../../nbs/training/01_models.ipynb #21e046f7
+def _check_network(name, num_classes, image_size, in_channels, dropout, stem, width):
+    "Raise unless the model `name` can be built and can take such images"
+    _check_ranges(num_classes, image_size, in_channels, dropout, width)
+    _check_options(name, image_size, in_channels, dropout, stem)
+    _check_image(name, image_size, in_channels, stem)
 
 # %% ../../nbs/training/01_models.ipynb #dd44b6c8
 def create_model(
@@ -404,8 +446,14 @@ def create_model(
 )->nn.Module:           # (N,in_channels,H,W) -> logits (N,num_classes)
     "The dense network `name`, ready to train or to `sparsify`"
     name = canonical_name(name)
-    _check(name, num_classes, image_size, in_channels, dropout, stem, width)
-    return _build(name, num_classes, image_size, in_channels, dropout, stem, width)
+    _check_network(name, num_classes, image_size, in_channels, dropout, stem, width)
+    return _network(name, num_classes, image_size, in_channels, dropout, stem, width)
+
+# %% ../../nbs/training/01_models.ipynb #347e1f22
+def _weights_at(width, name, num_classes, image_size, in_channels, stem):
+    "Number of weights of the network at `width`"
+    with torch.device('meta'): model = _network(name, num_classes, image_size, in_channels, 0., stem, width)
+    return n_weights(model)
 
 # %% ../../nbs/training/01_models.ipynb #e8576d3d
 def small_width(
@@ -419,11 +467,10 @@ def small_width(
     "The width at which the weights of convolutions and linear layers are nearest to `share` of the full network's"
     if not 0 < share <= 1: raise ValueError(f'share={share}: expected a share of the weights in (0,1]')
     name = canonical_name(name)
-    _check(name, num_classes, image_size, in_channels, 0., stem, 1.)
-    def count(width):
-        with torch.device('meta'): return n_weights(_build(name, num_classes, image_size, in_channels, 0., stem, width))
-    want, low, high = share*count(1.), 1e-6, 1.
+    _check_network(name, num_classes, image_size, in_channels, 0., stem, 1.)
+    def weights(width): return _weights_at(width, name, num_classes, image_size, in_channels, stem)
+    want, low, high = share*weights(1.), 1e-6, 1.
     while high - low > 1e-4:
         middle = (low + high)/2
-        low, high = (middle, high) if count(middle) <= want else (low, middle)
-    return min(high, low, key=lambda w: abs(count(w) - want))
+        low, high = (middle, high) if weights(middle) <= want else (low, middle)
+    return min(high, low, key=lambda width: abs(weights(width) - want))

@@ -7,6 +7,7 @@ __all__ = ['INK', 'NEW', 'OLD', 'SOFT', 'figure', 'plain_axes', 'plot_mask', 'pl
            'plot_lr']
 
 # %% ../../nbs/training/04_plot.ipynb #cc0a1178
+from io import BytesIO
 import torch
 from torch import nn
 from ..core import settle_matplotlib
@@ -20,14 +21,15 @@ def figure(
 ): # matplotlib's `Figure`
     "An empty figure that a notebook displays"
     settle_matplotlib()
-    from io import BytesIO
     from matplotlib.figure import Figure
     class Picture(Figure):
         def _repr_png_(self):
-            b = BytesIO(); self.savefig(b, format='png', dpi=100)
+            b = BytesIO()
+            self.savefig(b, format='png', dpi=100)
             return b.getvalue()
     return Picture(figsize=(width, height), layout='constrained')
 
+# %% ../../nbs/training/04_plot.ipynb #37d30c4a
 def plain_axes(
     ax,       # matplotlib's `Axes`
     title='', # above
@@ -41,28 +43,30 @@ def plain_axes(
     return ax
 
 # %% ../../nbs/training/04_plot.ipynb #ea155564
-def _matrix(m):
+def _as_mask(m):
     "A mask, or the mask of a layer or structure, as a (O,K) bool tensor on the CPU"
     if not torch.is_tensor(m): m = m.mask()
     return m.detach().bool().cpu().reshape(len(m), -1)
 
+# %% ../../nbs/training/04_plot.ipynb #a5332d4b
 def _group_order(layer):
     "The rows of a block layer in the order of their groups, or None where there are no groups"
     rows = getattr(getattr(layer, 'structure', layer), 'rows', None)
     return None if rows is None else rows[rows >= 0].long().cpu()
 
 # %% ../../nbs/training/04_plot.ipynb #7935fd2c
-def _paint(now, before=None):
-    "(O,K,3) colours: active now, and, given an earlier mask, what came and what went"
+def _inked(now, before=None):
+    "(O,K,3) colours of a mask: active now, and, given an earlier mask, what came and what went"
     settle_matplotlib()
     from matplotlib.colors import to_rgb
-    ink = torch.tensor([to_rgb(c) for c in ('#ffffff', INK, OLD, NEW)])
+    inks = torch.tensor([to_rgb(c) for c in ('#ffffff', INK, OLD, NEW)])
     if before is None: before = now
     which = torch.where(now, torch.where(before, 1, 3), torch.where(before, 2, 0))
-    return ink[which]
+    return inks[which]
 
-def _draw(ax, picture, title='', size=(64, 288)):
-    "`picture` on `ax`, at most `size` of it"
+# %% ../../nbs/training/04_plot.ipynb #52fe334e
+def _draw_mask(ax, picture, title='', size=(64, 288)):
+    "`picture` (O,K,3) on `ax`, at most `size` of it"
     part = picture[:size[0], :size[1]]
     ax.imshow(part.numpy(), aspect='auto', interpolation='nearest')
     ax.set_xticks([]); ax.set_yticks([])
@@ -78,99 +82,150 @@ def plot_mask(
     width:float=8., # inches
 ):
     "The mask in its own row order and, for shuffled blocks, with the rows of each group together"
-    now, order = _matrix(m), _group_order(m)
-    picture = _paint(now, None if before is None else _matrix(before))
+    now, order = _as_mask(m), _group_order(m)
+    picture = _inked(now, None if before is None else _as_mask(before))
     n, (O, K) = 1 if order is None else 2, now.shape
     fig = figure(width, max(1., min(4., width/n*O/K)) + .3)
     axs = fig.subplots(1, n, squeeze=False)[0]
-    _draw(axs[0], picture, f'{title} rows in their own order'.strip())
-    if n == 2: _draw(axs[1], picture[order], 'rows of a group together')
+    _draw_mask(axs[0], picture, f'{title} rows in their own order'.strip())
+    if n == 2: _draw_mask(axs[1], picture[order], 'rows of a group together')
     return fig
 
 # %% ../../nbs/training/04_plot.ipynb #244a8dcd
-def _some(names, n):
+def _spread(names, n):
     "At most `n` of `names`, evenly spread, first and last among them"
     names = list(names)
     if len(names) <= n: return names
-    return [names[round(i*(len(names)-1)/(n-1))] for i in range(n)]
+    return [names[round(i*(len(names)-1)/max(n-1, 1))] for i in range(n)]
 
+# %% ../../nbs/training/04_plot.ipynb #c6335256
+def _layers_of(model):
+    "The sparse layers of `model` by name, or ValueError if there are none"
+    layers = sparse_layers(model)
+    if not layers: raise ValueError('no sparse layer in this model: nothing to draw; call sparsify first')
+    return layers
+
+# %% ../../nbs/training/04_plot.ipynb #a1d585a7
+def _draw_layer(axs, name, layer, before, grouped):
+    "One line of `plot_masks`, on an iterator of axes"
+    now, order = _as_mask(layer), _group_order(layer)
+    label, share = f'{name}  {now.shape[0]}×{now.shape[1]}', f'{now.float().mean():.1%} active'
+    if before is None: title = f'{label}: {share}'
+    else:
+        before = _as_mask(before)
+        _draw_mask(next(axs), _inked(before), f'{label}, at the start')
+        title = f'now: {share}, {(now & ~before).sum()/now.sum():.0%} of them new'
+    picture = _inked(now, before)
+    _draw_mask(next(axs), picture, title)
+    if not grouped: return
+    if order is None: next(axs).set_axis_off()
+    else: _draw_mask(next(axs), picture[order], 'now, rows of a group together')
+
+# %% ../../nbs/training/04_plot.ipynb #7900de7d
+def _legend(fig):
+    "What the three inks mean"
+    from matplotlib.patches import Patch
+    meaning = (INK, 'active'), (NEW, 'grown since the start'), (OLD, 'dropped since the start')
+    inks = [Patch(color=color, label=label) for color, label in meaning]
+    fig.legend(handles=inks, loc='outside lower left', ncols=3, fontsize=8, frameon=False)
+
+# %% ../../nbs/training/04_plot.ipynb #a2cc1c8b
 def plot_masks(
     model:nn.Module,    # with sparse layers
     start:dict=None,    # name -> mask tensor at the beginning
     max_layers:int=6,   # draw at most so many, evenly spread
 ):
     "Masks of the model's layers, and what changed since `start`"
-    layers = sparse_layers(model)
-    if not layers: raise ValueError("no sparse layer in this model: nothing to draw; call sparsify first")
-    names, start = _some(layers, max_layers), start or {}
+    layers, start = _layers_of(model), start or {}
+    names = _spread(layers, max_layers)
     grouped = any(_group_order(layers[n]) is not None for n in names)
     n_cols = bool(start) + 1 + grouped
     fig = figure(4.2*n_cols, 1.15*len(names) + .5)
     for axs, name in zip(fig.subplots(len(names), n_cols, squeeze=False), names):
-        _draw_layer(list(axs), name, layers[name], start.get(name), grouped)
+        _draw_layer(iter(axs), name, layers[name], start.get(name), grouped)
     if start: _legend(fig)
     return fig
-
-# %% ../../nbs/training/04_plot.ipynb #a1d585a7
-def _draw_layer(axs, name, layer, before, grouped):
-    "One line of `plot_masks`"
-    now, order = _matrix(layer), _group_order(layer)
-    if before is not None:
-        before = _matrix(before)
-        _draw(axs.pop(0), _paint(before), f'{name}  {now.shape[0]}×{now.shape[1]}, at the start')
-    picture, share = _paint(now, before), f'{now.float().mean():.1%} active'
-    if before is not None: share += f', {(now & ~before).sum()/now.sum():.0%} of them new'
-    _draw(axs.pop(0), picture, ('now: ' if before is not None else f'{name}  {now.shape[0]}×{now.shape[1]}: ') + share)
-    if grouped and order is not None: _draw(axs[0], picture[order], 'now, rows of a group together')
-    elif grouped: axs[0].set_axis_off()
-
-def _legend(fig):
-    "What the three inks mean"
-    from matplotlib.patches import Patch
-    inks = [Patch(color=c, label=l) for c, l in ((INK, 'active'), (NEW, 'grown since the start'), (OLD, 'dropped since the start'))]
-    fig.legend(handles=inks, loc='outside lower left', ncols=3, fontsize=8, frameon=False)
 
 # %% ../../nbs/training/04_plot.ipynb #fac8827b
 def plot_density(
     model:nn.Module, # with sparse layers
 ):
     "Density of each sparse layer, and how many active weights that makes"
-    layers = sparse_layers(model)
-    if not layers: raise ValueError("no sparse layer in this model: nothing to draw; call sparsify first")
-    masks = [_matrix(l) for l in layers.values()]
+    layers = _layers_of(model)
+    masks = [_as_mask(layer) for layer in layers.values()]
+    shares, counts = [100*m.float().mean() for m in masks], [m.sum()/1000 for m in masks]
     fig = figure(8, max(1.6, .22*len(layers) + .8))
     left, right = fig.subplots(1, 2, sharey=True)
-    for ax, values, title in ((left, [100*m.float().mean() for m in masks], 'active share of the layer, %'),
-                              (right, [m.sum()/1000 for m in masks], 'active weights, thousands')):
+    for ax, values in (left, shares), (right, counts):
         ax.barh(list(layers), [float(v) for v in values], color=INK, height=.7)
-        plain_axes(ax, title)
+    plain_axes(left, 'active share of the layer, %')
+    plain_axes(right, 'active weights, thousands')
     left.invert_yaxis()
     return fig
+
+# %% ../../nbs/training/04_plot.ipynb #4be34673
+def _evaluated(history):
+    "The epochs of a history that ended on a test"
+    return [r for r in history if r['test_acc'] is not None]
+
+def _plot_both(ax, history, key, scale, loc):
+    "Lines of the training and the test value of `key`, times `scale`"
+    for part, rows, color in ('train', history, SOFT), ('test', _evaluated(history), INK):
+        epochs, values = [r['epoch'] for r in rows], [scale*r[f'{part}_{key}'] for r in rows]
+        ax.plot(epochs, values, color=color, label=part, marker='.' if len(rows) < 40 else None)
+    ax.legend(fontsize=8, frameon=False, loc=loc)
+
+# %% ../../nbs/training/04_plot.ipynb #bd7bebd9
+def _log_if_wide(ax):
+    "A logarithmic axis where values span a factor of three or more"
+    from matplotlib.ticker import LogLocator, NullFormatter
+    ys = [y for line in ax.lines for y in line.get_ydata() if y > 0]
+    if not ys or max(ys) < 3*min(ys): return
+    ax.set_yscale('log')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter('{x:g}')
+
+# %% ../../nbs/training/04_plot.ipynb #3b406a89
+def _plot_loss(ax, history):
+    "Does the loss still fall?"
+    _plot_both(ax, history, 'loss', 1, 'best')
+    plain_axes(ax, 'loss', 'epoch')
+    _log_if_wide(ax)
+
+# %% ../../nbs/training/04_plot.ipynb #0327e176
+def _plot_accuracy(ax, history):
+    "Do training and test accuracy part?"
+    _plot_both(ax, history, 'acc', 100, 'lower right')
+    best = max(_evaluated(history), key=lambda r: r['test_acc'], default=None)
+    if best: ax.plot(best['epoch'], 100*best['test_acc'], 'o', color=NEW, ms=5)
+    found = f"best test {best['test_acc']:.2%}" if best else 'not tested yet'
+    plain_axes(ax, f'accuracy, %; {found}', 'epoch')
+
+# %% ../../nbs/training/04_plot.ipynb #4dfe4ebd
+def _plot_rate(ax, history):
+    "Where was the learning rate?"
+    ax.step([r['epoch'] for r in history], [r['lr'] for r in history], color=INK, where='mid')
+    plain_axes(ax, 'learning rate at the end of the epoch', 'epoch').set_ylim(bottom=0)
 
 # %% ../../nbs/training/04_plot.ipynb #28e0c16e
 def _updates(history):
     "(epoch, update) of every topology update in a history; the epoch is fractional"
     return [(r['epoch']*u['step']/r['step'], u) for r in history for u in r.get('updates', ())]
 
-def _log_if_wide(ax):
-    "A logarithmic axis where values span more than a factor of three"
-    from matplotlib.ticker import LogLocator, NullFormatter
-    ys = [y for l in ax.lines for y in l.get_ydata() if y > 0]
-    if not ys or max(ys) < 3*min(ys): return
-    ax.set_yscale('log')
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter('{x:g}')
-
+# %% ../../nbs/training/04_plot.ipynb #01bd8aaf
 def _plot_movement(ax, history):
-    "Planned drops, confirmed drops and net changes of each update"
-    ups = _updates(history)
-    plain_axes(ax, 'structure: weights at each update', 'epoch')
-    if not ups: return ax.text(.5, .5, 'no update in this run', ha='center', va='center', transform=ax.transAxes, color=SOFT)
-    x = [e for e, _ in ups]
-    for key, label, color in (('planned', 'drops planned', SOFT), ('confirmed', 'drops confirmed', INK), ('net_changed', 'changed in the end', NEW)):
-        ax.plot(x, [u[key] for _, u in ups], '.-', color=color, label=label, lw=1, ms=3)
+    "Does the structure still move?"
+    ups, title = _updates(history), 'structure: weights at each update'
+    if ups and 'ever_active' in ups[-1][1]: title += f"; {ups[-1][1]['ever_active']:.0%} of all ever active"
+    plain_axes(ax, title, 'epoch')
+    if not ups:
+        ax.text(.5, .5, 'no update in this run', ha='center', va='center', transform=ax.transAxes, color=SOFT)
+        return
+    for key, label, color in (('planned', 'drops planned', SOFT), ('confirmed', 'drops confirmed', INK),
+                              ('net_changed', 'changed in the end', NEW)):
+        ax.plot([e for e, _ in ups], [u[key] for _, u in ups], '.-', color=color, label=label, lw=1, ms=3)
     ax.set_ylim(bottom=0); ax.set_xlim(0, history[-1]['epoch'])
-    if 'ever_active' in ups[-1][1]: ax.set_title(f"structure: weights at each update; {ups[-1][1]['ever_active']:.0%} of all ever active", fontsize=10, loc='left', color=INK)
     ax.legend(fontsize=8, frameon=False)
 
 # %% ../../nbs/training/04_plot.ipynb #92906119
@@ -180,20 +235,11 @@ def plot_curves(
 ):
     "Loss, accuracy, learning rate and movement of the structure over the epochs of a run"
     fig = figure(9, 5.4)
-    (loss, acc), (lr, move) = fig.subplots(2, 2)
-    x, seen = [r['epoch'] for r in history], [r for r in history if r['test_acc'] is not None]
-    for ax, key, scale in ((loss, 'loss', 1), (acc, 'acc', 100)):
-        for part, rs, color in (('train', history, SOFT), ('test', seen, INK)):
-            ax.plot([r['epoch'] for r in rs], [scale*r[f'{part}_{key}'] for r in rs], color=color, label=part, marker='.' if len(rs) < 40 else None)
-        ax.legend(fontsize=8, frameon=False, loc='lower right' if key == 'acc' else 'best')
-    best = max(seen, key=lambda r: r['test_acc'], default=None)
-    if best: acc.plot(best['epoch'], 100*best['test_acc'], 'o', color=NEW, ms=5)
-    plain_axes(loss, 'loss', 'epoch')
-    _log_if_wide(loss)
-    plain_axes(acc, f"accuracy, %; {'best test ' + format(best['test_acc'], '.2%') if best else 'not tested yet'}", 'epoch')
-    lr.step(x, [r['lr'] for r in history], color=INK, where='mid')
-    plain_axes(lr, 'learning rate at the end of the epoch', 'epoch').set_ylim(bottom=0)
-    _plot_movement(move, history)
+    (loss, accuracy), (rate, movement) = fig.subplots(2, 2)
+    _plot_loss(loss, history)
+    _plot_accuracy(accuracy, history)
+    _plot_rate(rate, history)
+    _plot_movement(movement, history)
     for ax in fig.axes: ax.xaxis.get_major_locator().set_params(integer=True)
     if title: fig.suptitle(title, fontsize=10, color=INK)
     return fig
