@@ -43,7 +43,7 @@ def together(rank, m=None, wrapped={}, **kw):
 
 unused = dict(find_unused_parameters=True)
 def plain(rank): return together(rank)
-def other_weights(rank): return together(rank, model(seed=rank))  # those of the first process count, structures included
+def other_weights(rank): return together(rank, model(seed=rank))  # those of the first count, structures included
 def norms(rank): return together(rank, grow='norm')
 def part(rank): return together(rank, part=.5, accumulate=2)
 def chance(rank): return together(rank, grow='random')
