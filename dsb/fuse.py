@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
 from .kernels.reference import fits
-from .ops import conv_args, outline, less_wanted, operator, picked, recall, reveal, structure_of
+from .ops import allowed, conv_args, outline, less_wanted, operator, recall, reveal, structure_of
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -22,83 +22,95 @@ def _norm(x:Tensor, weight:Tensor|None, bias:Tensor|None, residual:Tensor|None, 
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
     return kernels.norm(x, stats, residual, relu),stats
 
+# %% ../nbs/05_fuse.ipynb #b23853ff
 @_norm.register_fake
 def _(x, weight, bias, residual, mean, var, eps, relu): return torch.empty_like(x),x.new_empty(4, x.shape[1])
 
 # %% ../nbs/05_fuse.ipynb #c8120073
 @operator('dsb::norm_backward')
-def _norm_backward(dy:Tensor, x:Tensor, y:Tensor|None, stats:Tensor, eps:float, relu:bool, batch:bool, need_x:bool, need_r:bool)->tuple[Tensor,Tensor,Tensor]:
+def _norm_backward(dy:Tensor, x:Tensor, y:Tensor|None, stats:Tensor, eps:float, relu:bool, batch:bool,
+                   need_x:bool, need_r:bool)->tuple[Tensor,Tensor,Tensor]:
     dx,dr = (torch.empty_like(x) if o else None for o in (need_x,need_r))
-    grads = kernels.norm_finish(dy, x, y, stats, kernels.norm_sums(dy, x, y, stats, relu), eps, relu, batch, dx, dr)
+    sums = kernels.norm_sums(dy, x, y, stats, relu)
+    grads = kernels.norm_finish(dy, x, y, stats, sums, eps, relu, batch, dx, dr)
     return *(x.new_empty(0) if o is None else o for o in (dx,dr)),grads
 
+# %% ../nbs/05_fuse.ipynb #2c8513af
 @_norm_backward.register_fake
 def _(dy, x, y, stats, eps, relu, batch, need_x, need_r):
     return *(torch.empty_like(x) if o else x.new_empty(0) for o in (need_x,need_r)),x.new_empty(2, x.shape[1])
 
 # %% ../nbs/05_fuse.ipynb #6a53a137
-def _save(ctx, inputs, output):
+def _keep_norm(ctx, inputs, output):
     x,weight,bias,residual,mean,var,ctx.eps,ctx.relu = inputs
     y,stats = output
     ctx.mark_non_differentiable(stats)
     ctx.batch = mean is None
     ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, stats)
 
-def _gradients(ctx, dy, _):
+def _norm_gradients(ctx, dy, _):
     need = ctx.needs_input_grad
     dx,dr,(dw,db) = _norm_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.relu, ctx.batch, need[0], need[3])
     return *(g if n else None for g,n in zip((dx,dw,db,dr), need)),None,None,None,None
 
-_norm.register_autograd(_gradients, setup_context=_save)
+_norm.register_autograd(_norm_gradients, setup_context=_keep_norm)
 
 # %% ../nbs/05_fuse.ipynb #5eeceb37
-def _plain(bn, x, residual=None, relu=False):
+def _by_torch(bn, x, residual=None, relu=False):
     "By torch's own operations and the modules themselves"
     y = bn(x)
     if residual is not None: y = y+residual
     if isinstance(relu, nn.Module): return relu(y)
     return F.relu(y, inplace=True) if relu else y
 
-def _native()->bool:
-    "Are the native kernels there? Asking builds them"
-    return not (kernels.native()[1] or cpu.native()[1])
-_native._dynamo_marked_constant = True   # what torch.compiler.assume_constant_result does, without importing the compiler
-
+# %% ../nbs/05_fuse.ipynb #344e75f2
 def _is_just(m, kind)->bool:
     "Is a module of exactly this type, with nobody hooking into its call?"
-    return type(m) is kind and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or 'forward' in m.__dict__ or m._compiled_call_impl or _has_any_global_hook())
+    return type(m) is kind and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+        or m._backward_pre_hooks or 'forward' in m.__dict__ or m._compiled_call_impl or _has_any_global_hook())
 
+# %% ../nbs/05_fuse.ipynb #8222ac53
+def _kernels_there()->bool:
+    "Are the native kernels there? Asking builds them"
+    return not (kernels.native()[1] or cpu.native()[1])
+# what torch.compiler.assume_constant_result does, without importing the compiler
+_kernels_there._dynamo_marked_constant = True
+
+# %% ../nbs/05_fuse.ipynb #e460625c
 def _fits_channels(t, C): return t is None or t.shape==(C,) and t.dtype==torch.float32 and t.is_cpu
 
 def _suits(bn, x, residual):
     "Can the native operator stand in for these operations?"
-    if not x.is_cpu or x.dtype!=torch.float32 or x.dim()!=4 or x.numel()<=x.shape[1] or not x.is_contiguous(memory_format=torch.channels_last): return False
-    if residual is not None and not (residual.shape==x.shape and residual.dtype==x.dtype and residual.is_cpu and residual.layout is torch.strided): return False
-    if not picked('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
-    return all(_fits_channels(t, x.shape[1]) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)) and _native()
+    if not x.is_cpu or x.dtype!=torch.float32 or x.dim()!=4 or x.numel()<=x.shape[1]: return False
+    if not x.is_contiguous(memory_format=torch.channels_last): return False
+    r = residual
+    if not (r is None or r.shape==x.shape and r.dtype==x.dtype and r.is_cpu and r.layout is torch.strided): return False
+    if not allowed('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
+    vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return all(_fits_channels(t, x.shape[1]) for t in vectors) and _kernels_there()
 
 # %% ../nbs/05_fuse.ipynb #c668a40d
 def batch_norm(
     x:Tensor,             # (N, C, H, W)
-    bn:nn.Module,         # the BatchNorm to apply, its running statistics updated in training; any other module is called
+    bn:nn.Module,         # the BatchNorm to apply, running statistics included; any other module is called
     residual:Tensor=None, # added to the normalised x, of the same shape
     relu=False,           # end with a ReLU? or the module to end with
 )->Tensor: # like x
     "`relu(bn(x)+residual)` in one operation where that is possible"
     if isinstance(relu, nn.Module) and not _is_just(relu, nn.ReLU): return relu(batch_norm(x, bn, residual))
-    if not _suits(bn, x, residual): return _plain(bn, x, residual, relu)
+    if not _suits(bn, x, residual): return _by_torch(bn, x, residual, relu)
     if residual is not None: residual = residual.contiguous(memory_format=torch.channels_last)
-    y,stats = _norm(x, bn.weight, bn.bias, residual, *_statistics(bn), bn.eps, bool(relu))
-    _update(bn, stats, x.numel()//x.shape[1])
+    y,stats = _norm(x, bn.weight, bn.bias, residual, *_running_statistics(bn), bn.eps, bool(relu))
+    _move_running(bn, stats, x.numel()//x.shape[1])
     return y
 
-def _statistics(bn):
+# %% ../nbs/05_fuse.ipynb #029caac2
+def _running_statistics(bn):
     "Running mean and variance if these are to be used, else None twice"
     return (None,None) if bn.training or bn.running_mean is None else (bn.running_mean,bn.running_var)
 
 @torch.no_grad()
-def _update(bn, stats, n):
+def _move_running(bn, stats, n):
     "In training, move the running statistics towards those of a batch of n values a channel"
     if not bn.training or bn.running_mean is None: return
     if bn.num_batches_tracked is not None: bn.num_batches_tracked.add_(1)
@@ -108,62 +120,73 @@ def _update(bn, stats, n):
 
 # %% ../nbs/05_fuse.ipynb #3df25a58
 @operator('dsb::norm_conv2d')
-def _norm_conv2d(x:Tensor, weight:Tensor|None, bias:Tensor|None, values:Tensor, conv_bias:Tensor|None, mean:Tensor|None, var:Tensor|None, eps:float,
-                 rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None, B:int, O:int, K:int,
-                 kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int)->tuple[Tensor,Tensor]:
-    s,a = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum),conv_args(kernel_size, stride, padding, dilation, groups)
+def _norm_conv2d(x:Tensor, weight:Tensor|None, bias:Tensor|None, values:Tensor, conv_bias:Tensor|None,
+                 mean:Tensor|None, var:Tensor|None, eps:float, rows:Tensor, group_ptr:Tensor, cols:Tensor,
+                 checksum:Tensor|None, B:int, O:int, K:int, kernel_size:list[int], stride:list[int], padding:list[int],
+                 dilation:list[int], groups:int, key:int)->tuple[Tensor,Tensor]:
+    s = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum)
+    a = conv_args(kernel_size, stride, padding, dilation, groups)
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
     return cpu.norm_conv2d(x, stats, values, conv_bias, s, a),stats
 
+# %% ../nbs/05_fuse.ipynb #94c9073f
 @_norm_conv2d.register_fake
-def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols, checksum, B, O, K, kernel_size, stride, padding, dilation, groups, key):
+def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols, checksum, B, O, K,
+      kernel_size, stride, padding, dilation, groups, key):
     a = conv_args(kernel_size, stride, padding, dilation, groups)
     fits(x, values, conv_bias, outline(cols, B, O, K), a)
-    return x.new_empty(x.shape[0], O, *a.out_size(*x.shape[2:])).to(memory_format=torch.channels_last),x.new_empty(4, x.shape[1])
+    y = x.new_empty(x.shape[0], O, *a.out_size(*x.shape[2:])).to(memory_format=torch.channels_last)
+    return y,x.new_empty(4, x.shape[1])
 
 # %% ../nbs/05_fuse.ipynb #448f281e
 @operator('dsb::norm_conv2d_backward')
-def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None,
-                          B:int, O:int, K:int, kernel_size:list[int], stride:list[int], padding:list[int], dilation:list[int], groups:int, key:int,
-                          eps:float, batch:bool, need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
-    s,a = recall((rows, group_ptr, cols), B, (O,K), groups, checksum),conv_args(kernel_size, stride, padding, dilation, groups)
-    dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, need_values and less_wanted(key, len(x)))
+def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows:Tensor, group_ptr:Tensor, cols:Tensor,
+                          checksum:Tensor|None, B:int, O:int, K:int, kernel_size:list[int], stride:list[int],
+                          padding:list[int], dilation:list[int], groups:int, key:int, eps:float, batch:bool,
+                          need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
+    s = recall((rows, group_ptr, cols), B, (O,K), groups, checksum)
+    a = conv_args(kernel_size, stride, padding, dilation, groups)
+    compact = need_values and less_wanted(key, len(x))
+    dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, compact)
     if need_values and key: dv = reveal(key, dy, lambda n: kernels.norm(x[:n], stats, None, True), dv, s, a)
     grads = kernels.norm_finish(dx, x, None, stats, sums, eps, False, batch, dx if need_x else None, None)
     return dx,grads,x.new_empty(0) if dv is None else dv
 
+# %% ../nbs/05_fuse.ipynb #e036fb6d
 @_norm_conv2d_backward.register_fake
 def _(dy, x, values, stats, *args):
-    return torch.empty_like(x),x.new_empty(2, x.shape[1]),values.new_empty(values.shape) if args[-1] else x.new_empty(0)
+    return torch.empty_like(x),x.new_empty(2, x.shape[1]),values.new_empty(values.shape if args[-1] else 0)
 
 # %% ../nbs/05_fuse.ipynb #8ce29ea1
-def _save_conv(ctx, inputs, output):
+def _keep_norm_conv(ctx, inputs, output):
     x,_,_,values,_,mean,_,ctx.eps,*tensors = inputs[:12]
     ctx.mark_non_differentiable(output[1])
     ctx.batch,ctx.rest,ctx.n_inputs = mean is None,inputs[12:],len(inputs)
     ctx.save_for_backward(x, values, output[1], *tensors)
 
-def _conv_gradients(ctx, dy, _):
+def _norm_conv_gradients(ctx, dy, _):
     need = ctx.needs_input_grad
     dx,(dw,db),dv = _norm_conv2d_backward(dy, *ctx.saved_tensors, *ctx.rest, ctx.eps, ctx.batch, need[0], need[3])
     dc = dy.sum((0,2,3)) if need[4] else None
     return *(g if n else None for g,n in zip((dx,dw,db,dv,dc), need)),*[None]*(ctx.n_inputs-5)
 
-_norm_conv2d.register_autograd(_conv_gradients, setup_context=_save_conv)
+_norm_conv2d.register_autograd(_norm_conv_gradients, setup_context=_keep_norm_conv)
 
 # %% ../nbs/05_fuse.ipynb #6221590d
 def _suits_conv(x, conv):
     "Can the convolution normalise its own input?"
-    if not _is_just(conv, SparseConv2d) or conv.block_size not in cpu.block_sizes or conv.pad_first or x.shape[1]%16: return False
+    if not _is_just(conv, SparseConv2d) or conv.block_size not in cpu.block_sizes: return False
+    if conv.pad_first or x.shape[1]%16: return False
     if conv.left_behind is not None or conv.values.dtype!=x.dtype or not conv.values.is_cpu: return False
     return not torch.is_autocast_enabled('cpu')
 
+# %% ../nbs/05_fuse.ipynb #edaa8ea2
 def _into_conv(x, bn, conv):
     "`conv(relu(bn(x)))` in one operation"
-    mean,var = _statistics(bn)
-    y,stats = _norm_conv2d(x, bn.weight, bn.bias, conv.values, conv.bias, mean, var, bn.eps, conv.rows, conv.group_ptr, conv.cols, conv.checksum,
-                           conv.block_size, *conv.shape, *conv.args, conv.collect_key)
-    _update(bn, stats, x.numel()//x.shape[1])
+    structure = conv.rows, conv.group_ptr, conv.cols, conv.checksum, conv.block_size, *conv.shape
+    y,stats = _norm_conv2d(x, bn.weight, bn.bias, conv.values, conv.bias, *_running_statistics(bn), bn.eps,
+                           *structure, *conv.args, conv.collect_key)
+    _move_running(bn, stats, x.numel()//x.shape[1])
     return y
 
 # %% ../nbs/05_fuse.ipynb #23e68920
@@ -173,15 +196,17 @@ def _norm_pool(x:Tensor, weight:Tensor|None, bias:Tensor|None, mean:Tensor|None,
     stats = kernels.statistics(x, weight, bias, mean, var, eps)
     return *kernels.norm_pool(x, stats, kernel, stride, padding),stats
 
+# %% ../nbs/05_fuse.ipynb #e34f5993
 @_norm_pool.register_fake
 def _(x, weight, bias, mean, var, eps, kernel, stride, padding):
     size = [(n+2*p-k)//s+1 for n,k,s,p in zip(x.shape[2:], kernel, stride, padding)]
     y = x.new_empty(*x.shape[:2], *size).to(memory_format=torch.channels_last)
     return y,torch.empty_like(y, dtype=torch.uint8),x.new_empty(4, x.shape[1])
 
+# %% ../nbs/05_fuse.ipynb #d44a2e1d
 @operator('dsb::norm_pool_backward')
-def _norm_pool_backward(dy:Tensor, x:Tensor, y:Tensor, place:Tensor, stats:Tensor, kernel:list[int], stride:list[int], padding:list[int],
-                        eps:float, batch:bool, need_x:bool)->tuple[Tensor,Tensor]:
+def _norm_pool_backward(dy:Tensor, x:Tensor, y:Tensor, place:Tensor, stats:Tensor, kernel:list[int], stride:list[int],
+                        padding:list[int], eps:float, batch:bool, need_x:bool)->tuple[Tensor,Tensor]:
     dx,grads = kernels.norm_pool_backward(dy, x, y, place, stats, kernel, stride, padding, eps, batch, need_x)
     return dx if need_x else x.new_empty(0),grads
 
@@ -190,38 +215,41 @@ def _(dy, x, y, place, stats, kernel, stride, padding, eps, batch, need_x):
     return torch.empty_like(x) if need_x else x.new_empty(0),x.new_empty(2, x.shape[1])
 
 # %% ../nbs/05_fuse.ipynb #b22c5beb
-def _save_pool(ctx, inputs, output):
+def _keep_norm_pool(ctx, inputs, output):
     x,_,_,mean,_,ctx.eps,*ctx.geometry = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.batch = mean is None
     ctx.save_for_backward(x, *output)
 
-def _pool_gradients(ctx, dy, *_):
+def _norm_pool_gradients(ctx, dy, *_):
     need = ctx.needs_input_grad
     dx,(dw,db) = _norm_pool_backward(dy, *ctx.saved_tensors, *ctx.geometry, ctx.eps, ctx.batch, need[0])
     return *(g if n else None for g,n in zip((dx,dw,db), need)),*[None]*6
 
-_norm_pool.register_autograd(_pool_gradients, setup_context=_save_pool)
+_norm_pool.register_autograd(_norm_pool_gradients, setup_context=_keep_norm_pool)
 
 # %% ../nbs/05_fuse.ipynb #a48a5374
-def _pair(v): return [v,v] if isinstance(v, int) else list(v)
+def _two(v)->list: return [v,v] if isinstance(v, int) else list(v)   # height and width
 
 def _suits_pool(x, pool):
     "Can the pooling be computed along with the normalisation?"
-    if not _is_just(pool, nn.MaxPool2d) or pool.ceil_mode or pool.return_indices or _pair(pool.dilation)!=[1,1]: return False
-    k,p,s = map(_pair, (pool.kernel_size, pool.padding, pool.stride))
+    if not _is_just(pool, nn.MaxPool2d) or pool.ceil_mode or pool.return_indices: return False
+    if _two(pool.dilation)!=[1,1]: return False
+    k,p,s = map(_two, (pool.kernel_size, pool.padding, pool.stride))
     return k[0]*k[1]<255 and all(0<=2*b<=a<=n+2*b and c>0 for a,b,c,n in zip(k, p, s, x.shape[2:]))
 
+# %% ../nbs/05_fuse.ipynb #ff0afbf3
 def _into_pool(x, bn, pool):
     "`pool(relu(bn(x)))` in one operation"
-    y,_,stats = _norm_pool(x, bn.weight, bn.bias, *_statistics(bn), bn.eps, *map(_pair, (pool.kernel_size, pool.stride, pool.padding)))
-    _update(bn, stats, x.numel()//x.shape[1])
+    geometry = map(_two, (pool.kernel_size, pool.stride, pool.padding))
+    y,_,stats = _norm_pool(x, bn.weight, bn.bias, *_running_statistics(bn), bn.eps, *geometry)
+    _move_running(bn, stats, x.numel()//x.shape[1])
     return y
 
 # %% ../nbs/05_fuse.ipynb #9f5f8d20
 def norm_then(
     x:Tensor,           # (N, C, H, W)
-    bn:nn.Module,       # the BatchNorm to apply, its running statistics updated in training; any other module is called
+    bn:nn.Module,       # the BatchNorm to apply, running statistics included; any other module is called
     relu,               # True for a ReLU, or the module that stands in its place
     reader:nn.Module,   # what reads the result
 )->Tensor: # what the reader makes of it
@@ -236,6 +264,15 @@ class _Children(fx.Tracer):
     "Records a module's own `forward`"
     def is_leaf_module(self, m, name): return True
 
+def _unchanged(m, before:dict)->bool:
+    "Does a module hold what it held before? If not, it gets that back"
+    now = m.__dict__
+    if now.keys()==before.keys() and all(now[k] is v for k,v in before.items()): return True
+    m.__dict__.clear()
+    m.__dict__.update(before)
+    return False
+
+# %% ../nbs/05_fuse.ipynb #3b7b5284
 def _recorded(m)->fx.Graph: # or None
     "What `forward` of a module does, if that is the same at every call"
     before,mode,graphs = dict(m.__dict__),m.training,[]
@@ -243,77 +280,87 @@ def _recorded(m)->fx.Graph: # or None
         for m.training in (True,False): graphs.append(_Children().trace(m))
     except Exception: return None
     finally: m.training = mode
-    same = graphs[0].python_code('self').src==graphs[1].python_code('self').src
-    now = dict(m.__dict__)
-    if now.keys()!=before.keys() or any(now[k] is not before[k] for k in now):
-        m.__dict__.clear(); m.__dict__.update(before)
-        return None
-    return graphs[0] if same else None
+    training,evaluation = (g.python_code('self').src for g in graphs)
+    return graphs[0] if _unchanged(m, before) and training==evaluation else None
 
 # %% ../nbs/05_fuse.ipynb #6ce33b8c
 _relus = {F.relu, F.relu_, torch.relu, torch.relu_, 'relu', 'relu_'}
 _adds = {python.add, python.iadd, torch.add, 'add', 'add_'}
 
-def _is(node, modules, kind, names)->bool:
+def _is_call(node, modules, kind, names)->bool:
     "Is a node a call of a module of this type, or of one of these functions?"
     if node.op=='call_module': return type(modules.get(node.target)) is kind
     return node.op in ('call_function','call_method') and node.target in names
 
+# %% ../nbs/05_fuse.ipynb #d8017933
 def _norm_of(node, modules):
     "The node, if it is a BatchNorm whose result goes nowhere else"
-    ok = isinstance(node, fx.Node) and _is(node, modules, nn.BatchNorm2d, ()) and len(node.users)==1 and len(node.args)==1
-    return node if ok else None
+    if not isinstance(node, fx.Node) or not _is_call(node, modules, nn.BatchNorm2d, ()): return
+    return node if len(node.users)==1 and len(node.args)==1 else None
 
-def _match(node, modules)->tuple: # nodes from the ReLU back to the BatchNorm, or None
+def _addition(node)->bool:
+    "Is it a plain sum of two that is read once?"
+    if not isinstance(node, fx.Node) or not _is_call(node, {}, None, _adds): return False
+    return len(node.users)==1 and len(node.args)==2 and not node.kwargs
+
+# %% ../nbs/05_fuse.ipynb #8bfb3d6b
+def _pattern_before(node, modules)->tuple: # nodes from the ReLU back to the BatchNorm, or None
     "The pattern that ends in a ReLU"
-    if not _is(node, modules, nn.ReLU, _relus) or not node.args: return
-    if bn := _norm_of(node.args[0], modules): return node,bn
+    if not _is_call(node, modules, nn.ReLU, _relus) or not node.args: return
     add = node.args[0]
-    if not isinstance(add, fx.Node) or not _is(add, modules, None, _adds) or len(add.users)>1 or len(add.args)!=2 or add.kwargs: return
+    if bn := _norm_of(add, modules): return node,bn
+    if not _addition(add): return
     for bn,other in (add.args, add.args[::-1]):
         if _norm_of(bn, modules) and isinstance(other, fx.Node) and other is not bn: return node,add,bn
         if add.target in (python.iadd,'add_'): return   # `x += bn(y)` changes x
 
 # %% ../nbs/05_fuse.ipynb #f83f983b
-def _reader(node, modules):
+def _only_reader(node, modules):
     "The only node that reads a node's result, if it is a module other than a BatchNorm, or None"
     if len(node.users)!=1: return
     r = next(iter(node.users))
-    if r.op=='call_module' and len(r.args)==1 and not r.kwargs and not _is(r, modules, nn.BatchNorm2d, ()): return r
+    if r.op!='call_module' or len(r.args)!=1 or r.kwargs: return
+    return None if _is_call(r, modules, nn.BatchNorm2d, ()) else r
 
-def _put(graph, modules, nodes, relu):
+# %% ../nbs/05_fuse.ipynb #74f71421
+def _put_call(graph, before, f, *args):
+    "A call of a function in the place of a node; modules among the arguments by name"
+    with graph.inserting_before(before):
+        args = [graph.get_attr(o) if isinstance(o, str) else o for o in args]
+        return graph.call_function(f, tuple(args))
+
+# %% ../nbs/05_fuse.ipynb #062740ab
+def _replace(graph, modules, nodes, relu):
     "Replace nodes (a ReLU, perhaps an addition, a BatchNorm) by one call"
-    bn = nodes[-1]
-    reader = _reader(nodes[0], modules) if relu and len(nodes)==2 else None
+    last,bn = nodes[0],nodes[-1]
+    reader = _only_reader(last, modules) if relu and len(nodes)==2 else None
     residual = next(o for o in nodes[1].args if o is not bn) if len(nodes)==3 else None
-    module = nodes[0].target if relu and nodes[0].op=='call_module' else None
-    if reader: nodes = (reader,*nodes)
-    with graph.inserting_before(nodes[0]):
-        m,end = graph.get_attr(bn.target),graph.get_attr(module) if module else relu
-        new = graph.call_function(norm_then, (bn.args[0], m, end, graph.get_attr(reader.target))) if reader else \
-              graph.call_function(batch_norm, (bn.args[0], m, residual, end))
-    nodes[0].replace_all_uses_with(new)
-    for o in nodes: graph.erase_node(o)
+    end = last.target if relu and last.op=='call_module' else relu       # the ReLU's name, or True
+    if reader: new = _put_call(graph, reader, norm_then, bn.args[0], bn.target, end, reader.target)
+    else: new = _put_call(graph, last, batch_norm, bn.args[0], bn.target, residual, end)
+    (reader or last).replace_all_uses_with(new)
+    for o in (reader,*nodes) if reader else nodes: graph.erase_node(o)
 
+# %% ../nbs/05_fuse.ipynb #2b1e3d3b
 def _rewrite(graph, modules)->int: # places fused
     "Replace the patterns of a recorded function"
-    found = [o for o in (_match(node, modules) for node in graph.nodes) if o]
-    for nodes in found: _put(graph, modules, nodes, True)
-    rest = [o for o in graph.nodes if _is(o, modules, nn.BatchNorm2d, ()) and len(o.args)==1]
-    for o in rest: _put(graph, modules, (o,), False)
+    found = [o for o in (_pattern_before(node, modules) for node in graph.nodes) if o]
+    for nodes in found: _replace(graph, modules, nodes, True)
+    rest = [o for o in graph.nodes if _is_call(o, modules, nn.BatchNorm2d, ()) and len(o.args)==1]
+    for o in rest: _replace(graph, modules, (o,), False)
     return len(found)+len(rest)
 
 # %% ../nbs/05_fuse.ipynb #56e6e281
+def _harmless(name, old, new)->bool:
+    "Does a recorded `forward` stay right when an attribute changes like this?"
+    if name=='training' or new is old: return True
+    return any(isinstance(old, o) and isinstance(new, o) for o in (nn.Module, Tensor))
+
+# %% ../nbs/05_fuse.ipynb #ff04c52b
 def _blank(cls): return cls.__new__(cls)
 
 class _Fused:
     "Mixed into the class of a fused module"
-    def _state(self): return self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__   # Python 3.10 has no default
-    def __reduce_ex__(self, protocol): return _blank,(self._unfused,),self._state()
-    def __deepcopy__(self, memo):
-        new = memo[id(self)] = _blank(type(self))
-        new.__setstate__(copy.deepcopy(self._state(), memo))
-        return new
     def _undo(self): object.__setattr__(self, '__class__', self._unfused)
     def __setattr__(self, name, value):
         if _harmless(name, getattr(self, name, None), value): return super().__setattr__(name, value)
@@ -322,16 +369,20 @@ class _Fused:
     def __delattr__(self, name):
         self._undo()
         delattr(self, name)
+    def _state(self):    # Python 3.10 has no default
+        return self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
+    def __reduce_ex__(self, protocol): return _blank,(self._unfused,),self._state()
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = _blank(type(self))
+        new.__setstate__(copy.deepcopy(self._state(), memo))
+        return new
 
-def _harmless(name, old, new)->bool:
-    "Does a recorded `forward` stay right when an attribute changes like this?"
-    if name=='training' or new is old: return True
-    return any(isinstance(old, o) and isinstance(new, o) for o in (nn.Module, Tensor))
-
+# %% ../nbs/05_fuse.ipynb #f6ddf0b4
 def _become(m, forward):
     "Give a module a new `forward`"
     cls = type(m)
-    m.__class__ = type(cls.__name__, (_Fused,cls), dict(forward=forward, _unfused=cls, __module__=cls.__module__, __qualname__=cls.__qualname__))
+    new = dict(forward=forward, _unfused=cls, __module__=cls.__module__, __qualname__=cls.__qualname__)
+    m.__class__ = type(cls.__name__, (_Fused,cls), new)
 
 # %% ../nbs/05_fuse.ipynb #837b953e
 def _sequential(self, x):
@@ -339,15 +390,19 @@ def _sequential(self, x):
     todo = list(self)[::-1]
     while todo:
         m = todo.pop()
-        if type(m) is not nn.BatchNorm2d: x = m(x); continue
+        if type(m) is not nn.BatchNorm2d:
+            x = m(x)
+            continue
         relu = todo.pop() if todo and type(todo[-1]) is nn.ReLU else False
         if relu and todo and isinstance(todo[-1], (nn.Conv2d,nn.MaxPool2d)): x = norm_then(x, m, relu, todo.pop())
         else: x = batch_norm(x, m, None, relu)
     return x
 
+# %% ../nbs/05_fuse.ipynb #84b98476
 def _new_forward(m):
     "A faster `forward` for a module, or None"
-    if not any(type(o) is nn.BatchNorm2d for o in m.children()) or isinstance(m, (_Fused, fx.GraphModule, torch.jit.ScriptModule)): return
+    if not any(type(o) is nn.BatchNorm2d for o in m.children()): return
+    if isinstance(m, (_Fused, fx.GraphModule, torch.jit.ScriptModule)): return
     if type(m).forward is nn.Sequential.forward: return _sequential
     graph = _recorded(m)
     if graph is None or not _rewrite(graph, dict(m.named_modules())): return
@@ -364,6 +419,7 @@ def fuse(
         if f := _new_forward(m): _become(m, f)
     return model
 
+# %% ../nbs/05_fuse.ipynb #3d7b4dcf
 def unfuse(
     model:nn.Module, # changed in place
 )->nn.Module: # the same model

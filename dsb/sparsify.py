@@ -16,12 +16,11 @@ from fastcore.basics import patch
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets
-from .core import one_of
+from .core import markdown_table, one_of
 from .layers import SparseLayer, SparseLinear, SparseConv2d, to_autocast, passing
 from .ops import why_not
 
 # %% ../nbs/03_sparsify.ipynb #d0dca3a4
-_twins = {nn.Conv2d:SparseConv2d, nn.Linear:SparseLinear}
 _wrappers = nn.DataParallel,nn.parallel.DistributedDataParallel
 
 def unwrapped(
@@ -33,6 +32,7 @@ def unwrapped(
         elif type(model).__name__=='OptimizedModule': model = model._orig_mod
         else: return model
 
+# %% ../nbs/03_sparsify.ipynb #438facb0
 def named_modules(
     model:nn.Module, prefix:str='', seen:set=None, # as in `nn.Module.named_modules`
 ): # (name, module) pairs, every module once
@@ -44,32 +44,42 @@ def named_modules(
     for k,m in model._modules.items():
         if m is not None: yield from named_modules(m, f'{prefix}.{k}' if prefix else k, seen)
 
+# %% ../nbs/03_sparsify.ipynb #af830077
+_twins = {nn.Conv2d:SparseConv2d, nn.Linear:SparseLinear}
+
 def _candidates(model)->dict:
     "Name -> module of each `nn.Conv2d` and `nn.Linear`, every module once"
     return {n:m for n,m in named_modules(model) if type(m) in _twins}
 
 # %% ../nbs/03_sparsify.ipynb #25f1f8ae
-def _must_stay(model, mods)->dict:
-    "Name -> reason, for candidates that cannot become sparse whatever the budget"
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    def why(m):
-        w = m._parameters.get('weight')
-        if w is None: return 'its weight is computed from other parameters'
-        if users[id(w)]>1: return 'shares its weight with another module'
-        if w._backward_hooks or w._post_accumulate_grad_hooks: return 'its weight has gradient hooks'
-        if not w.is_floating_point(): return f'its weight is {str(w.dtype)[6:]}'
-        taken = [k for k in _extras(m) if hasattr(_twins[type(m)], k) or k in ('values','rows','group_ptr','cols','flat','checksum')]
-        if taken: return f'has something of its own called {taken[0]!r}'
-        return '' if w.requires_grad else 'frozen'
-    return {n:r for n,m in mods.items() if (r:=why(m))}
-
-_standard = {*vars(nn.Conv2d(1,1,1,device='meta')), *vars(nn.Linear(1,1,device='meta')), 'weight_shape','shape','block_size','pad_first','args'}
-_tensors = {'weight','bias','values','rows','group_ptr','cols','flat','checksum'}
+_standard = {*vars(nn.Conv2d(1,1,1,device='meta')), *vars(nn.Linear(1,1,device='meta')),
+             'weight_shape','shape','block_size','pad_first','args'}
+_sparse_tensors = 'values','rows','group_ptr','cols','flat','checksum'      # what sparse layers call their tensors
+_tensors = {'weight','bias',*_sparse_tensors}
 
 def _extras(m)->list: # names
     "What somebody has hung on a layer"
     inside = [k for d in (m._parameters, m._buffers, m._modules) for k in d if k not in _tensors or k in m._modules]
-    return inside + [k for k in m.__dict__ if k not in _standard and not (k in passing and isinstance(m, SparseLayer))]
+    ours = passing if isinstance(m, SparseLayer) else ()
+    return inside + [k for k in m.__dict__ if k not in _standard and k not in ours]
+
+# %% ../nbs/03_sparsify.ipynb #b8b4bab6
+def _reason_to_stay(m, users:Counter)->str: # '' if there is none
+    "Why a candidate cannot become sparse whatever the budget; `users` counts the modules that hold each parameter"
+    w = m._parameters.get('weight')
+    if w is None: return 'its weight is computed from other parameters'
+    if users[id(w)]>1: return 'shares its weight with another module'
+    if w._backward_hooks or w._post_accumulate_grad_hooks: return 'its weight has gradient hooks'
+    if not w.is_floating_point(): return f'its weight is {str(w.dtype)[6:]}'
+    taken = [k for k in _extras(m) if hasattr(_twins[type(m)], k) or k in _sparse_tensors]
+    if taken: return f'has something of its own called {taken[0]!r}'
+    return '' if w.requires_grad else 'frozen'
+
+# %% ../nbs/03_sparsify.ipynb #67f70b85
+def _must_stay(model, mods)->dict:
+    "Name -> reason, for candidates that cannot become sparse"
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return {n:r for n,m in mods.items() if (r:=_reason_to_stay(m, users))}
 
 # %% ../nbs/03_sparsify.ipynb #760fb81c
 def _kept(
@@ -78,19 +88,30 @@ def _kept(
     distribution:str, # decides for None
 )->list: # names
     "Candidates that stay dense on request"
-    if dense is None:
-        if distribution!='uniform': return []
-        first = [n for n,m in mods.items() if isinstance(m, nn.Conv2d)][:1]
-        return first + [n for n,m in mods.items() if isinstance(m, nn.Linear)][-1:]
+    if dense is None: return _ends(mods) if distribution=='uniform' else []
     if callable(dense) and not isinstance(dense, type): return [n for n,m in mods.items() if dense(n, m)]
     dense = [dense] if isinstance(dense, (str,type)) else list(dense)
     unknown = [o for o in dense if isinstance(o,str) and o not in mods]
-    if unknown: raise ValueError(f'dense={unknown[0]!r}: expected names of nn.Conv2d or nn.Linear modules, such as {", ".join(list(mods)[:3])}')
+    if unknown: raise ValueError(f'dense={unknown[0]!r}: expected names of nn.Conv2d or nn.Linear modules, such as '
+                                 f'{", ".join(list(mods)[:3])}')
     types = tuple(o for o in dense if isinstance(o,type))
     return [n for n,m in mods.items() if n in dense or isinstance(m, types)]
 
+# %% ../nbs/03_sparsify.ipynb #dd1f4313
+def _ends(mods)->list: # names
+    "The first convolution and the last linear layer"
+    first = [n for n,m in mods.items() if isinstance(m, nn.Conv2d)][:1]
+    return first + [n for n,m in mods.items() if isinstance(m, nn.Linear)][-1:]
+
 # %% ../nbs/03_sparsify.ipynb #6287275a
-def _pick_structure(
+def _start_scores(w, start, generator)->Tensor: # like w
+    "What a place is worth at the start: the size of its weight, or chance"
+    if start!='random': return w.abs().float()
+    device = generator.device if generator else 'cpu'
+    return torch.rand(w.shape, generator=generator, dtype=torch.float32, device=device).to(w.device)
+
+# %% ../nbs/03_sparsify.ipynb #0bf292d7
+def _start_structure(
     w:Tensor,        # (O, K) weights
     b:Budget,        # how many
     block_size:int,  # B, 0 for single entries
@@ -100,13 +121,13 @@ def _pick_structure(
     taps:int=1,      # positions of the kernel
 )->Structure:
     "Structure of a layer before training"
-    chance = dict(generator=generator, dtype=torch.float32, device=generator.device if generator else 'cpu')   # whatever torch's defaults are
-    score = w.abs().float() if start!='random' else torch.rand(w.shape, **chance).to(w.device)
+    score = _start_scores(w, start, generator)
     top = score.reshape(-1).topk(b.active).indices
     if not block_size: return Unstructured(top.sort().values, w.shape, check=False)
     mask = torch.zeros(w.numel(), dtype=torch.bool, device=w.device).index_fill_(0, top, True).view(w.shape)
-    if start=='cover': return cover_blocks(score, group_rows(mask, block_size, groups), b.n_blocks, block_size, b.n_short, taps, groups)
-    return extract_blocks(score, b.n_blocks, block_size, mask, groups, b.n_short)
+    if start!='cover': return extract_blocks(score, b.n_blocks, block_size, mask, groups, b.n_short)
+    rows = group_rows(mask, block_size, groups)
+    return cover_blocks(score, rows, b.n_blocks, block_size, b.n_short, taps, groups)
 
 # %% ../nbs/03_sparsify.ipynb #c046b316
 @torch.no_grad()
@@ -124,8 +145,9 @@ def _swap(model, old:dict):
             if child in old: m._modules[k] = old[child]
     return old.get(model, model)
 
+# %% ../nbs/03_sparsify.ipynb #3241d35d
 def _carry(old, new, **pairs):
-    "Give layer `new` what was hung on layer `old`: attributes, hooks, marks of parameters, which `pairs` names (old=new)"
+    "Give layer `new` attributes, hooks and marks of parameters of layer `old`; `pairs` names the parameters, old=new"
     for k in _extras(old):
         for d in ('_parameters','_buffers','_modules'):
             if k in getattr(old, d): getattr(new, d)[k] = getattr(old, d)[k]
@@ -135,25 +157,36 @@ def _carry(old, new, **pairs):
         if '_hooks' in k or k=='_is_full_backward_hook': new.__dict__[k] = v
     for a,b in pairs.items():
         p,q = getattr(old, a),getattr(new, b)
-        if p is not None: q.__dict__.update(p.__dict__); q.requires_grad_(p.requires_grad)
+        if p is not None:
+            q.__dict__.update(p.__dict__)
+            q.requires_grad_(p.requires_grad)
     return new.train(old.training)
 
 # %% ../nbs/03_sparsify.ipynb #fcae801d
-def _check_sparsify(model, block_size, init, start):
-    "Raise for arguments that no model can satisfy"
+def _check_options(block_size, init, start):
+    "Raise for options that no model can satisfy"
     if not isinstance(block_size, int) or not (block_size==0 or 2<=block_size<=256):
-        raise ValueError(f'block_size={block_size}: expected 0 (unstructured) or a whole number from 2 to 256; 16 is a good start')
+        raise ValueError(f'block_size={block_size}: expected 0 (unstructured) or a whole number from 2 to 256; '
+                         '16 is a good start')
     one_of(init, ('keep','fan_in'), 'init')
     one_of(start, (None,'magnitude','random','cover'), 'start')
-    if start=='cover' and not block_size: raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; use 'random' or 'magnitude'")
+    if start=='cover' and not block_size:
+        raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; "
+                         "use 'random' or 'magnitude'")
+
+# %% ../nbs/03_sparsify.ipynb #0c8a41e9
+def _check_model(model, mods):
+    "Raise for a model that cannot be made sparse; `mods` are its candidates"
     for m in model.modules():
-        if isinstance(m, SparseLayer): raise ValueError('the model is sparse already: sparsify a dense one, or densify it first')
+        if isinstance(m, SparseLayer):
+            raise ValueError('the model is sparse already: sparsify a dense one, or densify it first')
         if isinstance(m, nn.parallel.DistributedDataParallel) or type(m).__name__=='OptimizedModule':
-            raise ValueError(f'the model is in a {type(m).__name__}, which knows the parameters that it has now: sparsify first, wrap it then')
-    mods = _candidates(model)
+            raise ValueError(f'the model is in a {type(m).__name__}, which knows the parameters that it has now: '
+                             'sparsify first, wrap it then')
     if not mods: raise ValueError('nothing to make sparse: the model has no nn.Conv2d or nn.Linear')
     if any(p.is_meta for m in mods.values() for p in m.parameters()):
-        raise ValueError('the model is on the meta device, where weights have no values to choose by: make it on a real device, or call to_empty and load it first')
+        raise ValueError('the model is on the meta device, where weights have no values to choose by: make it on a '
+                         'real device, or call to_empty and load it first')
 
 # %% ../nbs/03_sparsify.ipynb #d704afc2
 def sparsify(
@@ -161,30 +194,34 @@ def sparsify(
     sparsity:float=.9,   # share of inactive weights over all nn.Conv2d and nn.Linear of the model, in [0, 1)
     block_size:int=16,   # B, or 0 for unstructured layers
     distribution='erk',  # 'uniform', 'er', 'erk', or a dict layer name -> density
-    dense=None,          # modules that stay dense: names, types or a predicate of (name, module); None: the distribution's choice
+    dense=None,          # what stays dense: names, types or a predicate of (name, module); None: by distribution
     generator:torch.Generator=None, # for random starts
     init:str='keep',     # 'keep' the initial values, or scale them to the active 'fan_in'
-    start:str=None,      # places that start active: 'cover' (largest, spread over all input channels; default for blocks), 'magnitude' or 'random' (default for B=0)
+    start:str=None,      # active places: 'cover' (default for blocks), 'magnitude' or 'random' (default for B=0)
 )->nn.Module: # the model; a new layer if `model` itself is one
     "Replace linear and convolution layers by sparse ones with a given total density"
-    _check_sparsify(model, block_size, init, start)
+    _check_options(block_size, init, start)
     mods = _candidates(model)
+    _check_model(model, mods)
     stay = _must_stay(model, mods)
-    shapes,groups = {n:tuple(m.weight.shape) for n,m in mods.items()},{n:getattr(m,'groups',1) for n,m in mods.items()}
+    shapes = {n:tuple(m.weight.shape) for n,m in mods.items()}
+    groups = {n:getattr(m,'groups',1) for n,m in mods.items()}
     plan = budgets(shapes, sparsity, block_size, distribution, {*stay, *_kept(dense, mods, distribution)}, groups)
-    start = start or ('cover' if block_size else 'random')
-    new = {}
-    for n,b in plan.items():
-        if b.active==b.size: continue
-        m,w = mods[n],mods[n].weight.detach().flatten(1)
-        s = _pick_structure(w, b, block_size, groups[n], start, generator, math.prod(getattr(m,'kernel_size',())))
-        new[m] = _carry(m, _twins[type(m)].from_dense(m, s), weight='values', bias='bias')
-        if init=='fan_in': _rescale_fan_in(new[m])
-    model = _swap(model, new)
+    how = block_size, start or ('cover' if block_size else 'random'), generator, init
+    model = _swap(model, {mods[n]:_sparse_twin(mods[n], b, *how) for n,b in plan.items() if b.active<b.size})
     unwrapped(model).dsb_reasons = {n:stay.get(n) or b.reason for n,b in plan.items() if b.active==b.size}
     return model
 
-# %% ../nbs/03_sparsify.ipynb #8039d877
+# %% ../nbs/03_sparsify.ipynb #351de3a4
+def _sparse_twin(m, b, block_size, start, generator, init):
+    "The sparse layer in the place of a dense one"
+    groups,taps = getattr(m,'groups',1),math.prod(getattr(m,'kernel_size',()))
+    s = _start_structure(m.weight.detach().flatten(1), b, block_size, groups, start, generator, taps)
+    new = _carry(m, _twins[type(m)].from_dense(m, s), weight='values', bias='bias')
+    if init=='fan_in': _rescale_fan_in(new)
+    return new
+
+# %% ../nbs/03_sparsify.ipynb #ba1485ab
 def sparse_layers(
     model:nn.Module, # sparse or not
 )->dict: # name -> layer, every layer once
@@ -207,17 +244,23 @@ class Row:
     def density(self)->float: return self.active/self.size
 
 # %% ../nbs/03_sparsify.ipynb #c4ec7391
-def _row(name, m, reasons):
+def _summary_row(name, m, reasons)->Row:
     "Summary line of module `m`"
-    if not isinstance(m, SparseLayer): return Row(name, tuple(m.weight.shape), m.weight.numel(), m.weight.numel(), 'dense', note=reasons.get(name,''))
-    s,size = m.structure,torch.Size(m.weight_shape).numel()
-    if not m.block_size: return Row(name, m.weight_shape, s.nnz, size, 'single entries', note='computed through the dense weight')
+    if not isinstance(m, SparseLayer):
+        size = m.weight.numel()
+        return Row(name, tuple(m.weight.shape), size, size, 'dense', note=reasons.get(name,''))
+    s,size = m.structure,math.prod(m.weight_shape)
+    if not m.block_size:
+        return Row(name, m.weight_shape, s.nnz, size, 'single entries', note='computed through the dense weight')
     who,why = why_not(to_autocast(m.values[:0])[0], s, getattr(m,'args',None))
     return Row(name, m.weight_shape, s.nnz, size, f'blocks of {m.block_size}', s.n_blocks, who, why)
 
-def _others(model)->dict:
+# %% ../nbs/03_sparsify.ipynb #6d5c5c10
+def _is_counted(m)->bool: return type(m) in _twins or isinstance(m, SparseLayer)
+
+def _not_counted(model)->dict:
     "Name -> shape of the weights outside the layers that are counted"
-    seen = {id(p) for m in model.modules() if type(m) in _twins or isinstance(m, SparseLayer) for p in m.parameters()}
+    seen = {id(p) for m in model.modules() if _is_counted(m) for p in m.parameters()}
     return {n:tuple(p.shape) for n,p in unwrapped(model).named_parameters() if p.dim()>1 and id(p) not in seen}
 
 # %% ../nbs/03_sparsify.ipynb #7a876735
@@ -234,55 +277,68 @@ class Summary:
     @property
     def density(self)->float: return self.active/max(self.size,1)
 
+# %% ../nbs/03_sparsify.ipynb #5d954071
 def summary(
     model:nn.Module, # sparse or not
 )->Summary:
     "Table of the model's linear and convolution layers, as they would be computed here and now"
     reasons = getattr(unwrapped(model), 'dsb_reasons', {})
-    return Summary([_row(n, m, reasons) for n,m in named_modules(model) if type(m) in _twins or isinstance(m, SparseLayer)], _others(model))
+    rows = [_summary_row(n, m, reasons) for n,m in named_modules(model) if _is_counted(m)]
+    return Summary(rows, _not_counted(model))
 
 # %% ../nbs/03_sparsify.ipynb #b17cf07c
-_head = 'layer','weight','structure','blocks','active','density','computed by','note'
+_titles = 'layer','weight','structure','blocks','active','density','computed by','note'
 
 @patch
-def _cells(self:Summary)->list: # rows of strings
+def _table(self:Summary)->list: # rows of strings
     "The table without its head"
-    rows = [(r.name or '(model)', '×'.join(map(str,r.shape)), r.kind, f'{r.blocks:,}' if r.blocks else '', f'{r.active:,}', f'{r.density:.4f}', r.computed, r.note) for r in self.rows]
-    return rows + [('all', f'{self.size:,} weights', '', f'{sum(r.blocks for r in self.rows):,}', f'{self.active:,}', f'{self.density:.4f}', '', '')]
+    def cells(r):
+        shape,blocks = '×'.join(map(str, r.shape)),f'{r.blocks:,}' if r.blocks else ''
+        return r.name or '(model)', shape, r.kind, blocks, f'{r.active:,}', f'{r.density:.4f}', r.computed, r.note
+    blocks = sum(r.blocks for r in self.rows)
+    total = 'all', f'{self.size:,} weights', '', f'{blocks:,}', f'{self.active:,}', f'{self.density:.4f}', '', ''
+    return [*map(cells, self.rows), total]
 
+# %% ../nbs/03_sparsify.ipynb #65705333
 @patch
-def _not_counted(self:Summary):
-    return 'Not counted: '+', '.join(f'{n} ({"×".join(map(str,s))})' for n,s in self.others.items()) if self.others else ''
+def _footnote(self:Summary)->str:
+    names = (f'{n} ({"×".join(map(str, s))})' for n,s in self.others.items())
+    return f'Not counted: {", ".join(names)}' if self.others else ''
 
 # %% ../nbs/03_sparsify.ipynb #9f3cd41c
 @patch
 def _repr_markdown_(self:Summary):
-    line = lambda o: '| '+' | '.join(o)+' |'
-    return '\n'.join([line(_head), '|---|---|---|--:|--:|--:|---|---|', *map(line, self._cells())]) + (f'\n\n{self._not_counted()}' if self.others else '')
+    table = markdown_table([_titles, *self._table()], left=(0,1,2,6,7))
+    return table + (f'\n\n{self._footnote()}' if self.others else '')
 
+# %% ../nbs/03_sparsify.ipynb #48f81a6e
 @patch
 def __repr__(self:Summary):
-    rows = [_head]+self._cells()
+    rows = [_titles,*self._table()]
     width = [max(map(len, o)) for o in zip(*rows)]
-    just = [str.rjust if 3<=i<=5 else str.ljust for i in range(len(_head))]
-    return '\n'.join('  '.join(f(c,w) for f,c,w in zip(just, r, width)).rstrip() for r in rows) + (f'\n{self._not_counted()}' if self.others else '')
+    just = [str.rjust if 3<=i<=5 else str.ljust for i in range(len(_titles))]
+    lines = ['  '.join(f(c,w) for f,c,w in zip(just, r, width)).rstrip() for r in rows]
+    return '\n'.join(lines + [self._footnote()]*bool(self.others))
 
 # %% ../nbs/03_sparsify.ipynb #2c661e5c
 @torch.no_grad()
 def _dense_twin(m):
     "The ordinary layer with the weights of sparse layer `m`"
-    make = lambda cls,*a,**k: cls(*a, bias=m.bias is not None, device=m.values.device, dtype=m.values.dtype, **k)
-    if isinstance(m, SparseLinear): new = make(nn.Linear, m.in_features, m.out_features)
-    else: new = make(nn.Conv2d, m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, padding_mode=m.padding_mode)
+    common = dict(bias=m.bias is not None, device=m.values.device, dtype=m.values.dtype)
+    if isinstance(m, SparseLinear): new = nn.Linear(m.in_features, m.out_features, **common)
+    else:
+        geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups
+        new = nn.Conv2d(m.in_channels, m.out_channels, *geometry, padding_mode=m.padding_mode, **common)
     new.weight.copy_(m.dense_weight())
     if m.bias is not None: new.bias.copy_(m.bias)
     return _carry(m, new, values='weight', bias='bias')
 
+# %% ../nbs/03_sparsify.ipynb #e0acc71c
 def densify(
     model:nn.Module, # with sparse layers; not changed
 )->nn.Module: # a copy with `nn.Linear` and `nn.Conv2d` only
     "A dense model that computes the same function"
-    old,model = model,copy.deepcopy(model)
-    for p,q in zip(old.parameters(), model.parameters()): q.__dict__.update(p.__dict__)   # marks, which torch does not copy
-    unwrapped(model).__dict__.pop('dsb_reasons', None)
-    return _swap(model, {m:_dense_twin(m) for m in sparse_layers(model).values()})
+    new = copy.deepcopy(model)
+    for p,q in zip(model.parameters(), new.parameters()): q.__dict__.update(p.__dict__)   # torch does not copy these
+    unwrapped(new).__dict__.pop('dsb_reasons', None)
+    return _swap(new, {m:_dense_twin(m) for m in sparse_layers(new).values()})

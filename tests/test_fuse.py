@@ -6,12 +6,14 @@ from dsb.training.models import create_model
 
 def network(name, sparse, seed=0):
     torch.manual_seed(seed)
-    model = create_model(name, **(dict(stem='pool') if name.startswith('ResNet') else {})).to(memory_format=torch.channels_last)
+    stem = dict(stem='pool') if name.startswith('ResNet') else {}
+    model = create_model(name, **stem).to(memory_format=torch.channels_last)
     return dsb.sparsify(model, .7, 16, generator=torch.Generator().manual_seed(seed)) if sparse else model
 
 def batch(n=4):
     g = torch.Generator().manual_seed(1)
-    return torch.randn(n,3,32,32, generator=g).contiguous(memory_format=torch.channels_last),torch.randint(10, (n,), generator=g)
+    x = torch.randn(n,3,32,32, generator=g).contiguous(memory_format=torch.channels_last)
+    return x,torch.randint(10, (n,), generator=g)
 
 def grads(model):
     x,y = batch()
@@ -33,16 +35,18 @@ def test_same_function(name, sparse):
     F.cross_entropy(exact(x.double()), y).backward()
     want = {n:q.grad for n,q in exact.named_parameters()}
     (p,_),(f,_) = grads(plain),grads(fused)
-    for n,w in want.items():
-        if w.norm()>1e-6: assert far(f[n].double(), w)<max(5e-2, 4*far(p[n].double(), w)), n   # rounding may turn a ReLU over
-    for (n,a),b,e in zip(fused.named_buffers(), plain.buffers(), exact.buffers()): assert far(a.double(), e.double())<max(1e-4, 4*far(b.double(), e.double())), n
+    for n,w in want.items():                         # rounding may turn a ReLU over
+        if w.norm()>1e-6: assert far(f[n].double(), w)<max(5e-2, 4*far(p[n].double(), w)), n
+    for (n,a),b,e in zip(fused.named_buffers(), plain.buffers(), exact.buffers()):
+        assert far(a.double(), e.double())<max(1e-4, 4*far(b.double(), e.double())), n
     assert far(fused.eval()(x), plain.eval()(x))<1e-3
 
 def test_copies():
     "A deep copy is fused and independent; pickled and saved models are plain"
     model = dsb.fuse(network('wrn-10-2', True))
     twin = copy.deepcopy(model)
-    assert type(twin.group1[0]).forward is type(model.group1[0]).forward and type(twin.group1[0]).__name__=='PreActBlock'
+    assert type(twin.group1[0]).forward is type(model.group1[0]).forward
+    assert type(twin.group1[0]).__name__=='PreActBlock'
     with torch.no_grad(): twin.group3[0].conv2.values.zero_()
     assert model.group3[0].conv2.values.abs().sum()>0
     f = io.BytesIO()

@@ -1,9 +1,13 @@
-"""Whatever is put in is computed rightly or refused, and nothing crashes: the families of `hostile.py`, each in a process of its own.
+"""Whatever is put in is computed rightly or refused, and nothing crashes.
+
+The families of `hostile.py`, each in a process of its own.
 
 Under the address sanitizer (GCC, Linux; some minutes, fused models included):
 
-    DSB_CACHE=/tmp/dsb-asan DSB_CXXFLAGS="-march=native -g -fsanitize=address" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" python tests/hostile.py fused 300
+    DSB_CACHE=/tmp/dsb-asan DSB_CXXFLAGS="-march=native -g -fsanitize=address" \\
+    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \\
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \\
+    python tests/hostile.py fused 300
 """
 import os, subprocess, sys, threading
 import pytest, torch, torch.multiprocessing as mp
@@ -15,10 +19,13 @@ HOW_MANY = dict(inputs=400, parameters=200, structures=400, builds=300, fused=15
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_family(family, root):
-    r = subprocess.run([sys.executable,'-X','faulthandler',root/'tests'/'hostile.py',family,str(HOW_MANY[family])], capture_output=True, text=True, errors='replace', timeout=600, env={**os.environ, 'OMP_NUM_THREADS':'2'})
+    command = [sys.executable,'-X','faulthandler',root/'tests'/'hostile.py',family,str(HOW_MANY[family])]
+    r = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=600,
+                       env={**os.environ, 'OMP_NUM_THREADS':'2'})
     tried = [o for o in r.stderr.splitlines() if o.startswith(f'{family} {{')]
     said = '\n'.join(o for o in r.stderr.splitlines() if not o.startswith(f'{family} {{'))[-4000:]
-    assert r.returncode==0, f'exit status {r.returncode} after {len(tried)} cases, the last one\n{(tried or ["none"])[-1]}\n{said}'
+    last = (tried or ['none'])[-1]
+    assert r.returncode==0, f'exit status {r.returncode} after {len(tried)} cases, the last one\n{last}\n{said}'
 
 def test_many_threads():
     "Sixteen threads with more shapes than tables are kept for"
@@ -47,7 +54,8 @@ def _compute(m, x, q): q.put(m(x).detach().tolist())
 def test_memory_that_moves():
     "A used model whose tensors go to shared memory, and on to another process"
     torch.manual_seed(0)
-    m,x = dsb.fuse(dsb.sparsify(nn.Sequential(nn.Conv2d(8,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16*16,16)), .5, 8)).eval(),torch.randn(2,8,4,4)
+    body = nn.Conv2d(8,16,3,padding=1),nn.BatchNorm2d(16),nn.ReLU(),nn.Flatten(),nn.Linear(16*16,16)
+    m,x = dsb.fuse(dsb.sparsify(nn.Sequential(*body), .5, 8)).eval(),torch.randn(2,8,4,4)
     want = m(x).detach()
     assert torch.equal(m.share_memory()(x), want)
     m[0].cols.data = m[0].cols.clone()

@@ -1,4 +1,8 @@
-"Several processes on one machine: what they have seen of a gradient is brought together after the step, and nobody waits for somebody who does not come"
+"""Several processes on one machine
+
+What they have collected of a gradient is brought together after the step, and nobody waits for somebody who does not
+come.
+"""
 import os, socket
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
@@ -20,30 +24,36 @@ def model(seed=0, B=8):
     return dsb.sparsify(Net(), .7, B)
 
 def train(m, net, rank, steps=6, ways=lambda i: 'lr', T=2, upd=None, **kw):
-    "(masks, values) after some steps with images of one's own"
+    "(updates, masks, values) after some steps with images of one's own"
     opt = torch.optim.SGD(m.parameters(), .1, momentum=.9)
-    upd = Updater(upd or net, opt, T=T, T_end=1000, alpha=.5, **({'rule':'columns'} if m.first.block_size and 'method' not in kw else {}), **kw)
+    if m.first.block_size and 'method' not in kw: kw['rule'] = 'columns'
+    upd = Updater(upd or net, opt, T=T, T_end=1000, alpha=.5, **kw)
     g,n = torch.Generator().manual_seed(rank),0
     for i in range(steps):
         net(torch.randn(16,32,generator=g), ways(i)).square().mean().backward()
         opt.step(); opt.zero_grad()
         n += upd.step() is not None
-    return n,[o.checksum.tolist() for o in dsb.sparse_layers(m).values()],[round(p.double().abs().sum().item(), 6) for p in m.parameters()]
+    masks = [o.checksum.tolist() for o in dsb.sparse_layers(m).values()]
+    return n,masks,[round(p.double().abs().sum().item(), 6) for p in m.parameters()]
 
-def plain(rank): m = model(); return train(m, Parallel(m), rank)
-def other_weights(rank): m = model(seed=rank); return train(m, Parallel(m), rank)          # those of the first process count, structures included
-def norms(rank): m = model(); return train(m, Parallel(m), rank, grow='norm')
-def part(rank): m = model(); return train(m, Parallel(m), rank, part=.5, accumulate=2)
-def chance(rank): m = model(); return train(m, Parallel(m), rank, grow='random')
-def single(rank): m = model(B=0); return train(m, Parallel(m), rank, method='rigl')
-def left_out(rank): m = model(); return train(m, Parallel(m, find_unused_parameters=True), rank, ways=lambda i: 'l' if rank and i%2 else 'lr')
-def apart(rank): m = model(); return train(m, Parallel(m, find_unused_parameters=True), rank, ways=lambda i: 'lr'[rank%2])
-def bare(rank):
-    m = model(); net = Parallel(m)
-    return train(m, net, rank, upd=m)
+def together(rank, m=None, wrapped={}, **kw):
+    "Train a model in parallel; `wrapped` goes to the wrapper, the rest to `train`"
+    m = m or model()
+    return train(m, Parallel(m, **wrapped), rank, **kw)
+
+unused = dict(find_unused_parameters=True)
+def plain(rank): return together(rank)
+def other_weights(rank): return together(rank, model(seed=rank))  # those of the first count, structures included
+def norms(rank): return together(rank, grow='norm')
+def part(rank): return together(rank, part=.5, accumulate=2)
+def chance(rank): return together(rank, grow='random')
+def single(rank): return together(rank, model(B=0), method='rigl')
+def left_out(rank): return together(rank, wrapped=unused, ways=lambda i: 'l' if rank and i%2 else 'lr')
+def apart(rank): return together(rank, wrapped=unused, ways=lambda i: 'lr'[rank%2])
+def bare(rank): return together(rank, m:=model(), upd=m)             # the wrapper is found
 def frozen(rank):
     m = model(); m.left.requires_grad_(False)
-    return train(m, Parallel(m), rank)
+    return together(rank, m)
 
 TOGETHER = [plain, other_weights, norms, part, chance, single, left_out, apart, bare, frozen]
 
@@ -60,7 +70,9 @@ def differ(rank):
     except RuntimeError as e: return str(e)
 
 def out_of_step(rank):
-    m = model(); net = Parallel(m); opt = torch.optim.SGD(m.parameters(), .1); upd = Updater(net, opt, T=2, rule='columns')
+    m = model()
+    net,opt = Parallel(m),torch.optim.SGD(m.parameters(), .1)
+    upd = Updater(net, opt, T=2, rule='columns')
     if rank: upd.t = 2
     try:
         for i in range(2): net(torch.randn(4,32)).sum().backward(); opt.step(); opt.zero_grad(); upd.step()
@@ -102,7 +114,8 @@ def test_two():
     got = run(2, [*TOGETHER, own_models, only_first, differ, out_of_step])
     for f in TOGETHER:
         a,b = got[f.__name__]
-        assert isinstance(a, tuple) and a==b and a[0]==3, (f.__name__, a if isinstance(a, str) else [x==y for x,y in zip(a,b)], a[0])
+        assert isinstance(a, tuple), (f.__name__, a)
+        assert a==b and a[0]==3, (f.__name__, [x==y for x,y in zip(a,b)], a[0])
     a,b = got['own_models']; assert a[0]==b[0]==3 and a[1]!=b[1]
     assert got['only_first'][0][0]==3 and got['only_first'][1] is None
     assert all("other structures in 'right'" in o for o in got['differ']), got['differ']

@@ -1,4 +1,4 @@
-"The drop-in promise on networks that know nothing of this library: a training step runs, the budget holds, and densify undoes it"
+"The drop-in promise on networks of others: a training step runs, the budget holds, and densify undoes it"
 import pytest, torch
 import torch.nn as nn, torchvision.models as tv
 import dsb
@@ -8,9 +8,12 @@ def resnet50(): return tv.resnet50(num_classes=10), torch.randn(2,3,64,64)
 def vit_b_16(): return tv.vit_b_16(image_size=64, num_classes=10), torch.randn(2,3,64,64)
 def convnext_tiny(): return tv.convnext_tiny(num_classes=10), torch.randn(2,3,64,64)
 def mobilenet_v3_small(): return tv.mobilenet_v3_small(num_classes=10), torch.randn(2,3,64,64)
-def encoder(): return nn.TransformerEncoder(nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), 2), torch.randn(2,7,128)
+def encoder():
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    return nn.TransformerEncoder(layer, 2), torch.randn(2,7,128)
 
-@pytest.mark.parametrize('make,sparsity,block_size', [(resnet18,.9,16), (resnet50,.9,16), (vit_b_16,.9,16), (convnext_tiny,.9,16), (encoder,.9,16),
+@pytest.mark.parametrize('make,sparsity,block_size', [
+    (resnet18,.9,16), (resnet50,.9,16), (vit_b_16,.9,16), (convnext_tiny,.9,16), (encoder,.9,16),
     (mobilenet_v3_small,.8,16), # its depthwise and small layers are more than a tenth of it
     (resnet18,.9,0), (mobilenet_v3_small,.9,0), (encoder,.9,0)])
 def test_one_training_step(make, sparsity, block_size):
@@ -25,9 +28,11 @@ def test_one_training_step(make, sparsity, block_size):
     opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
     upd = dsb.Updater(model, opt, method='dsb' if block_size else 'rigl', T=1, T_end=10)
     before = [p.detach().clone() for p in model.parameters()]
-    (model(x)-1).square().mean().backward(); opt.step(); opt.zero_grad(); report = upd.step()
+    (model(x)-1).square().mean().backward(); opt.step(); opt.zero_grad()
+    report = upd.step()
     assert report.total('planned')>0 and dsb.summary(model).active==s.active
-    assert all(p.isfinite().all() for p in model.parameters()) and any(not torch.equal(a,b) for a,b in zip(before, model.parameters()))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(a,b) for a,b in zip(before, model.parameters()))
 
 @pytest.mark.parametrize('make', [resnet18, encoder, mobilenet_v3_small], ids=lambda f: f.__name__)
 def test_densify_computes_the_same(make):
@@ -35,7 +40,8 @@ def test_densify_computes_the_same(make):
     model,x = make()
     dsb.sparsify(model, .7, 8).eval()
     plain = dsb.densify(model)
-    assert not dsb.sparse_layers(plain) and {type(m) for m in plain.modules()} <= {type(m) for m in make()[0].modules()}
+    assert not dsb.sparse_layers(plain)
+    assert {type(m) for m in plain.modules()} <= {type(m) for m in make()[0].modules()}
     with torch.no_grad(): torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
 
 def test_encoder_in_evaluation_mode():
