@@ -26,9 +26,8 @@ from typing import NamedTuple
 from ..core import processor, say, text_table, whole_file
 from ..structure.density import budgets
 from ..fuse import fuse
-from ..kernels import reference
-from ..kernels.build import library
-from ..kernels.cpu import _cpp_vectors
+from ..kernels import reference, vectors
+from ..kernels.build import Pieces, library
 from ..kernels.reference import ConvArgs
 from ..training.models import canonical_name, create_model, layer_macs
 from ..ops import backend_module, why_not
@@ -81,7 +80,8 @@ def meter(
     return np.array([time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt])
 
 # %% ../../nbs/bench/01_timing.ipynb #323220f7
-_cpp_peak = _cpp_vectors + r'''
+_cpp = Pieces('nbs/bench/01_timing.ipynb', vectors.cpp)
+_cpp('peak', 'vectors', r'''
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { CHAINS=16 };
 #else
@@ -100,14 +100,14 @@ extern "C" double peak(int T, long n, float a){            // multiply-adds and 
   r += chains(n, vec{}+a, vec{}+1)[0];
   return r; }
 extern "C" int width(){ return 2*CHAINS*V; }
-'''
+''')
 
 # %% ../../nbs/bench/01_timing.ipynb #a23fdc61
 @cache
 def _peak_library():
     "The compiled loop, or None"
     import ctypes
-    lib, reason = library('peak', _cpp_peak)
+    lib, reason = library('peak', _cpp.source('peak'))
     if lib is None: return None
     lib.peak.argtypes, lib.peak.restype = [ctypes.c_int, ctypes.c_long, ctypes.c_float], ctypes.c_double
     return lib

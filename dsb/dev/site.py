@@ -388,9 +388,13 @@ def _folded(cell, names):
     return f'<details class="source" markdown="1"><summary>{head}</summary>\n\n{fence(cell.source, "python")}\n\n</details>'
 
 def _cpp(body):
-    "The C++ that a cell holds as a string, if it holds nothing else"
-    if len(body)!=1 or not isinstance(body[0], ast.Assign) or 'cpp' not in _unparse(body[0].targets[0]): return None
-    return body[0].value.value.strip('\n') if isinstance(body[0].value, ast.Constant) else None
+    "The C++ that a cell holds as a string, if it holds nothing else: `x_cpp = '…'`, or `cpp('name', 'needs', '…')`"
+    match body:
+        case [ast.Assign(targets=[to], value=ast.Constant(str(text)))]: head = ''
+        case [ast.Expr(ast.Call(to, [ast.Constant(name), ast.Constant(needs), ast.Constant(str(text))]))]:
+            head = f'// {name}' + (needs and f', needs {needs}') + '\n'
+        case _: return None
+    return head + text.strip('\n') if 'cpp' in _unparse(to) else None
 
 def _exported(cell):
     "Documentation of an exported cell"
