@@ -1,8 +1,10 @@
-"Where kernels are built: users without a home, folders of others, damaged files, strange compilers, languages"
-import os, shutil, signal, stat, subprocess, sys, time, warnings
+"How sources are put together and where kernels are built: users without a home, folders of others, damaged files, strange compilers, languages"
+import os, re, shutil, signal, stat, subprocess, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
-from dsb.kernels import build
+from dsb.dev.site import read_cells
+from dsb.kernels import build, cpu, norm, packing, vectors
 
 CXX = next(filter(None, map(shutil.which, ('c++','g++','clang++'))), None)
 pytestmark = pytest.mark.skipif(CXX is None, reason='no C++ compiler')
@@ -30,6 +32,38 @@ def end(p):
     return p.returncode,out.decode(errors='replace').strip(),err.decode(errors='replace')
 
 LOAD = f'from dsb.kernels.build import library; lib,why = library("t", {SOURCE!r}); print(lib and lib.answer(), why)'
+
+# ---------------------------------------------------------------- pieces
+
+rooms = [m.cpp for m in (vectors, packing, cpu, norm)]
+own = [(o, name) for o in rooms for name,piece in o.known.items() if piece.place==o.place]
+
+@pytest.mark.parametrize('room', rooms, ids=[o.place for o in rooms])
+def test_pieces_are_where_they_say(room):
+    "The notebook that a compiler's error names is there, and has a cell for each of its pieces"
+    cells = [c.source for c in read_cells(here/room.place) if c.code and c.exported]
+    added = [m for c in cells for m in re.findall(r"^cpp\('(\w+)', '", c, re.M)]
+    assert added==[name for o,name in own if o is room]
+
+def test_pieces_say_what_they_need():
+    "Each of them compiles with what it names and nothing else"
+    cxx,flags,_ = build.command()
+    def errors(piece):
+        room,name = piece
+        r = subprocess.run([*cxx,*flags,'-fsyntax-only','-x','c++','-'], input=room.source(name),
+                           capture_output=True, encoding='utf-8')
+        return [o for o in r.stderr.splitlines() if 'error' in o][:1]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: found = [o for one in pool.map(errors, own) for o in one]
+    assert not found, found
+
+def test_errors_name_the_piece(cache):
+    "Through the whole way: the reason why there is no library says where to look, and shows no folder of this machine"
+    room,piece = build.Pieces(packing.cpp.place, packing.cpp),packing.cpp.known['tiled']
+    lines = piece.text.splitlines()
+    room('tiled', ' '.join(piece.needs), '\n'.join([*lines[:3], '  this is no C++', *lines[3:]]))
+    value,reason = made(source=room.source('tiled'))
+    assert value is None and 'nbs/kernels/04_packing.ipynb#tiled:4:' in reason
+    assert not re.search(r'(^|[ :])/', reason), reason
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):

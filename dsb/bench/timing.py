@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from ..core import processor, whole_file, whole_number, write_whole
-from ..kernels.build import library
-from ..kernels.cpu import _cpp_vectors
+from ..kernels import vectors
+from ..kernels.build import Pieces, library
 from ..ops import why_not
 from ..structure.blocks import ShuffledBlocks
 from ..training.plot import plain_axes
@@ -94,7 +94,8 @@ def warm_up(
     return calls, out
 
 # %% ../../nbs/bench/01_timing.ipynb #323220f7
-_cpp_peak = _cpp_vectors + r'''
+_cpp = Pieces('nbs/bench/01_timing.ipynb', vectors.cpp)
+_cpp('peak', 'vectors', r'''
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { CHAINS=16 };
 #else
@@ -113,14 +114,14 @@ extern "C" double peak(int T, long n, float a){            // multiply-adds and 
   r += chains(n, vec{}+a, vec{}+1)[0];
   return r; }
 extern "C" int width(){ return 2*CHAINS*V; }
-'''
+''')
 
 # %% ../../nbs/bench/01_timing.ipynb #a23fdc61
 @cache
 def peak_library(): # `ctypes.CDLL`, or None without a compiler
     "The compiled loop"
     import ctypes
-    lib, reason = library('peak', _cpp_peak)
+    lib, reason = library('peak', _cpp.source('peak'))
     if lib is None: return None
     lib.peak.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_float]
     lib.peak.restype = ctypes.c_double

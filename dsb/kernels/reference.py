@@ -21,6 +21,7 @@ class _Panel(NamedTuple):
     cols:Tensor  # (n_g,) int64
     at:slice     # place in `values`
 
+# %% ../../nbs/kernels/01_reference.ipynb #12707bcd
 def _panels(s:ShuffledBlocks)->list:
     "The row groups of `s` that have columns"
     if 'panels' not in s.cache:
@@ -53,38 +54,47 @@ def fits(
     dy:Tensor=None,   # gradient of the output, if there is one yet
 ):
     "Raise RuntimeError unless these operands belong together"
-    O,K = s.shape
-    if a is None:
-        if x.dim()!=2 or x.shape[1]!=K: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (…, {K})')
-    else: _fits_image(x, s, a)
-    if values.shape!=s.values_shape: raise RuntimeError(f'values of shape {tuple(values.shape)}: expected {s.values_shape} for {s}')
-    if bias is not None and bias.shape!=(O,): raise RuntimeError(f'bias of shape {tuple(bias.shape)}: expected {(O,)}')
-    if dy is not None and dy.shape!=_out_shape(x, s, a): raise RuntimeError(f'output gradient of shape {tuple(dy.shape)}: expected {_out_shape(x, s, a)}')
+    if a is not None: _fits_image(x, s, a)
+    elif x.dim()!=2 or x.shape[1]!=s.shape[1]: _refuse('input', x, f'(…, {s.shape[1]})')
+    if values.shape!=s.values_shape: _refuse('values', values, f'{s.values_shape} for {s}')
+    if bias is not None and bias.shape!=s.shape[:1]: _refuse('bias', bias, s.shape[:1])
+    if dy is not None and dy.shape!=_out_shape(x, s, a): _refuse('output gradient', dy, _out_shape(x, s, a))
     t = x.dtype
-    if not (t in _types and t is values.dtype and (bias is None or t is bias.dtype) and (dy is None or t is dy.dtype) and x.layout is torch.strided
-            and x.is_cpu and values.is_cpu and s.cols.is_cpu and (bias is None or bias.is_cpu) and (dy is None or dy.is_cpu)): _alike(x, values, bias, s.cols, dy)
+    alike = t in _types and t is values.dtype and x.layout is torch.strided
+    alike = alike and x.is_cpu and values.is_cpu and s.cols.is_cpu
+    if bias is not None: alike = alike and t is bias.dtype and bias.is_cpu
+    if dy is not None: alike = alike and t is dy.dtype and dy.is_cpu
+    if not alike: _alike(x, values, bias, s.cols, dy)
 
 # %% ../../nbs/kernels/01_reference.ipynb #190a486f
+def _refuse(name, t, want): raise RuntimeError(f'{name} of shape {tuple(t.shape)}: expected {want}')
+
+def _out_shape(x, s, a): return (len(x), s.shape[0], *(() if a is None else a.out_size(*x.shape[2:])))
+
 def _fits_image(x, s, a):
     "Raise unless `x` is a batch of images that these columns can read"
     kh,kw = a.kernel_size
     if x.dim()!=4 or x.shape[1]*kh*kw!=s.shape[1]*a.groups:
-        raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (N, {s.shape[1]*a.groups//(kh*kw)}, H, W)')
+        _refuse('input', x, f'(N, {s.shape[1]*a.groups//(kh*kw)}, H, W)')
     (_,_,H,W),(ph,pw),(dh,dw) = x.shape,a.padding,a.dilation
-    if H+2*ph<=dh*(kh-1) or W+2*pw<=dw*(kw-1):
-        raise RuntimeError(f'images of {H}×{W}, {H+2*ph}×{W+2*pw} with padding: expected at least {dh*(kh-1)+1}×{dw*(kw-1)+1}, the extent of the kernel')
+    h,w = H+2*ph,W+2*pw
+    if h>dh*(kh-1) and w>dw*(kw-1): return
+    least = f'{dh*(kh-1)+1}×{dw*(kw-1)+1}'
+    raise RuntimeError(f'images of {H}×{W}, {h}×{w} with padding: expected at least {least}, the extent of the kernel')
 
-def _out_shape(x, s, a): return (len(x), s.shape[0], *(() if a is None else a.out_size(*x.shape[2:])))
-
+# %% ../../nbs/kernels/01_reference.ipynb #6526bf18
 def _alike(x, values, bias, cols, dy):
     "Raise unless all are dense tensors of one type on one device"
-    given = {k:o for k,o in dict(input=x, values=values, bias=bias, structure=cols).items() if o is not None} | ({} if dy is None else {'output gradient':dy})
-    if x.dtype not in _types or any(o.dtype!=x.dtype for o in given.values() if o is not cols):
-        got = ', '.join(f'{k} {str(o.dtype)[6:]}' for k,o in given.items() if o is not cols)
+    given = {'input':x, 'values':values, 'bias':bias, 'structure':cols, 'output gradient':dy}
+    given = {k:o for k,o in given.items() if o is not None}
+    typed = {k:o for k,o in given.items() if o is not cols}
+    if x.dtype not in _types or any(o.dtype!=x.dtype for o in typed.values()):
+        got = ', '.join(f'{k} {str(o.dtype)[6:]}' for k,o in typed.items())
         raise RuntimeError(f'{got}: expected one type, float32, float64, bfloat16 or float16')
     other = next((o.device for o in given.values() if o.device!=x.device), None)
     if other: raise RuntimeError(f'input on {x.device}, but the layer on {other}: expected one device')
-    if x.layout is not torch.strided: raise RuntimeError(f'input with layout {str(x.layout)[6:]}: expected a dense tensor; use x.to_dense()')
+    if x.layout is torch.strided: return
+    raise RuntimeError(f'input with layout {str(x.layout)[6:]}: expected a dense tensor; use x.to_dense()')
 
 # %% ../../nbs/kernels/01_reference.ipynb #7ff2a77f
 def solid(
@@ -101,6 +111,7 @@ def _wide(*ts)->tuple: # None stays
 
 def _narrow(ts, like): return tuple(t if t is None else t.to(like.dtype) for t in ts)
 
+# %% ../../nbs/kernels/01_reference.ipynb #229bd23f
 def linear(
     x:Tensor,         # (M, K)
     values:Tensor,    # (n_blocks·B, B)
@@ -172,6 +183,7 @@ class _ConvPanel(NamedTuple):
     j:Tensor       # (n_g,) tap column
     taps:list      # (i, j, positions in the panel) of each tap used
 
+# %% ../../nbs/kernels/01_reference.ipynb #3d4191c7
 def _conv_panels(s:ShuffledBlocks, a:ConvArgs)->list: # pairs of _Panel, _ConvPanel
     "Panels of `s` for a convolution"
     key = 'conv panels',a.kernel_size,a.groups
@@ -192,10 +204,12 @@ def is_channels_last(
     "Is `x` stored with its channels innermost?"
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
+# %% ../../nbs/kernels/01_reference.ipynb #2ddfbfab
 def _like(y:Tensor, x:Tensor)->Tensor:
     "`y` in the memory format of `x`, NCHW or channels_last"
     return y.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
+# %% ../../nbs/kernels/01_reference.ipynb #24961373
 def conv2d(
     x:Tensor,         # (N, C, H, W), NCHW or channels_last
     values:Tensor,    # (n_blocks·B, B)
@@ -260,7 +274,8 @@ def dense_wgrad(
     "Dense weight gradient"
     if a is None: return dy.T @ x
     w = x.new_empty(1).expand(s.shape[0], x.shape[1]//a.groups, *a.kernel_size)   # only its shape matters
-    return torch.ops.aten.convolution_backward(dy, x, w, None, *a[1:4], False, [0,0], a.groups, [False,True,False])[1].reshape(s.shape)
+    how = *a[1:4],False,[0,0],a.groups,[False,True,False]
+    return torch.ops.aten.convolution_backward(dy, x, w, None, *how)[1].reshape(s.shape)
 
 # %% ../../nbs/kernels/01_reference.ipynb #7a62fee0
 def supports(

@@ -8,15 +8,17 @@ __all__ = ['TILES', 'DENSE', 'block_sizes', 'Kernel', 'batch_last', 'batch_first
            'check', 'conv2d', 'conv2d_backward', 'linear', 'linear_backward']
 
 # %% ../../nbs/kernels/07_triton.ipynb #36de2f9d
-import functools, inspect, json, math, os, sys, tempfile
+import functools, inspect, json, math, os
 import torch
 import torch.nn.functional as F
+from contextlib import suppress
+from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor
 from types import SimpleNamespace
 from typing import NamedTuple
 from ..structure.blocks import ShuffledBlocks
-from ..core import cache_dir
+from ..core import cache_dir, say, write_whole
 from .reference import ConvArgs, dense_wgrad, fits, is_channels_last, solid
 
 # %% ../../nbs/kernels/07_triton.ipynb #6a52b584
@@ -24,8 +26,6 @@ try: import triton, triton.language as tl
 except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)   # the kernels' signatures still make sense
 
 # %% ../../nbs/kernels/07_triton.ipynb #213f418b
-_RESULTS = 'dst','y','dx','out'   # parameters that a kernel writes to
-
 class Kernel:
     "A function in Triton's language: compiled for CUDA tensors, interpreted for CPU tensors"
     def __init__(self,
@@ -44,19 +44,24 @@ class Kernel:
         from triton.runtime.interpreter import InterpretedFunction
         return InterpretedFunction(self.fn)
 
-    def __call__(self,
-        grid:tuple, # (number of programs,)
-        *args,      # tensors and integers
-        num_warps:int=4, num_stages:int=3, # warps of a program, loads in flight; for the compiler alone
-        **const,    # parameters known when it is compiled
-    ):
-        "Run all programs"
-        if args[0].is_cuda:
-            with torch.cuda.device(args[0].device): return self.compiled[grid](*args, **const, num_warps=num_warps, num_stages=num_stages)
-        wide = [o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o for o in args]
-        self.interpreted[grid](*wide, **const)
-        for name,o,w in zip(inspect.signature(self.fn).parameters, args, wide):
-            if o is not w and name in _RESULTS: o.copy_(w)
+# %% ../../nbs/kernels/07_triton.ipynb #23cc171c
+_RESULTS = 'dst','y','dx','out'   # parameters that a kernel writes to
+
+@patch
+def __call__(self:Kernel,
+    grid:tuple, # (number of programs,)
+    *args,      # tensors and integers
+    num_warps:int=4, num_stages:int=3, # warps of a program, loads in flight; for the compiler alone
+    **const,    # parameters known when it is compiled
+):
+    "Run all programs"
+    if args[0].is_cuda:
+        launch = dict(num_warps=num_warps, num_stages=num_stages)
+        with torch.cuda.device(args[0].device): return self.compiled[grid](*args, **const, **launch)
+    wide = [o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o for o in args]
+    self.interpreted[grid](*wide, **const)
+    for name,o,w in zip(inspect.signature(self.fn).parameters, args, wide):
+        if o is not w and name in _RESULTS: o.copy_(w)
 
 # %% ../../nbs/kernels/07_triton.ipynb #7d2cbfec
 @Kernel
@@ -70,6 +75,7 @@ def _transpose(src, dst, I, J, si, dj, sb, db, nI, nJ, BI: tl.constexpr, BJ: tl.
     t = tl.load(src + b*sb + (i.to(tl.int64)[:,None]*si + j[None,:]), mask=ok)
     tl.store(dst + b*db + (j.to(tl.int64)[None,:]*dj + i[:,None]), t.to(dst.dtype.element_ty), mask=ok)
 
+# %% ../../nbs/kernels/07_triton.ipynb #7f017fb7
 def _turn(src, dst, I, J, si, dj, batch=1, sb=0, db=0):
     "Transpose one or `batch` matrices"
     n = 64 if src.is_cuda else 1024          # the interpreter likes few programs
@@ -92,6 +98,7 @@ def batch_last(
     L = v.numel()//N
     return _turn(t.contiguous(), out, N, L, L, N)
 
+# %% ../../nbs/kernels/07_triton.ipynb #4c3f3925
 def batch_first(
     t:Tensor,    # (C, H, W, N) or (K, N), contiguous
     like:Tensor, # tells memory format and type
@@ -100,12 +107,13 @@ def batch_first(
     N,v = t.shape[-1],t.movedim(-1,0)
     last = t.dim()==4 and is_channels_last(like)
     if v.is_contiguous() and not last: return v.to(like.dtype)
+    how = dict(dtype=like.dtype, device=t.device)
     if last:
         C,HW = len(t),t.shape[1]*t.shape[2]
-        out = torch.empty(v.shape, dtype=like.dtype, device=t.device, memory_format=torch.channels_last)
+        out = torch.empty(v.shape, **how, memory_format=torch.channels_last)
         return _turn(t, out, C, N, HW*N, HW*C, HW, N, C)
-    out,L = torch.empty(v.shape, dtype=like.dtype, device=t.device),t.numel()//N
-    return _turn(t, out, L, N, N, L)
+    L = t.numel()//N
+    return _turn(t, torch.empty(v.shape, **how), L, N, N, L)
 
 # %% ../../nbs/kernels/07_triton.ipynb #0178c6ed
 @Kernel
@@ -137,7 +145,8 @@ def _forward(x, v, bias, y, rows, ptr, cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh
     if BIAS: acc += tl.load(bias+row, mask=row>=0, other=0.).to(tl.float32)[:,None]
     if RELU: acc = tl.where(acc>0, acc, 0.)
     Q = Ho*Wo*N
-    tl.store(y + (row[:,None].to(tl.int64)*Q + q[None,:]), acc.to(y.dtype.element_ty), mask=(row>=0)[:,None] & (q<Q)[None,:])
+    mine = (row>=0)[:,None] & (q<Q)[None,:]
+    tl.store(y + (row[:,None].to(tl.int64)*Q + q[None,:]), acc.to(y.dtype.element_ty), mask=mine)
 
 # %% ../../nbs/kernels/07_triton.ipynb #413e710f
 class Shape(NamedTuple):
@@ -150,12 +159,20 @@ class Shape(NamedTuple):
     Ho:int         # output height
     Wo:int         # output width
     a:ConvArgs     # geometry
+
     @property
     def Q(self): return self.Ho*self.Wo*self.N
-    @property
-    def ints(self): return (self.N, self.H, self.W, self.Ho, self.Wo, *self.a.stride, *self.a.padding, *self.a.dilation, self.C//self.a.groups, self.O//self.a.groups)
-    def const(self, B): return dict(KH=self.a.kernel_size[0], KW=self.a.kernel_size[1], B=B, M=max(16,B), VEC=math.gcd(self.N,16))
 
+    @property
+    def ints(self):
+        a,g = self.a,self.a.groups
+        return self.N,self.H,self.W,self.Ho,self.Wo,*a.stride,*a.padding,*a.dilation,self.C//g,self.O//g
+
+    def const(self, B):
+        kh,kw = self.a.kernel_size
+        return dict(KH=kh, KW=kw, B=B, M=max(16,B), VEC=math.gcd(self.N,16))
+
+# %% ../../nbs/kernels/07_triton.ipynb #df350353
 _one = ConvArgs((1,1))
 
 def _shape(x:Tensor, s:ShuffledBlocks, a:ConvArgs)->Shape:
@@ -177,7 +194,8 @@ def forward(
 )->Tensor: # (O, Ho, Wo, N)
     "The forward product, images innermost"
     y = x.new_empty(f.O, f.Ho, f.Wo, f.N)
-    _forward((s.n_groups*-(-f.Q//BQ),), x, values, values if bias is None else bias, y, s.rows, s.group_ptr, s.cols, *f.ints, s.n_groups,
+    data = x,values,values if bias is None else bias,y
+    _forward((s.n_groups*-(-f.Q//BQ),), *data, s.rows, s.group_ptr, s.cols, *f.ints, s.n_groups,
              **f.const(s.block_size), BK=BK, BQ=BQ, BIAS=bias is not None, RELU=relu, PREC=precision, **launch)
     return y
 
@@ -188,6 +206,7 @@ def _memo(s, key, make):
     if key not in s.cache: s.cache[key] = make()
     return s.cache[key]
 
+# %% ../../nbs/kernels/07_triton.ipynb #514a931c
 def by_tap(
     s:ShuffledBlocks, # structure of the weight
     taps:int,         # kh·kw
@@ -197,14 +216,15 @@ def by_tap(
     def make():
         key = s.cols.long()//taps*parts//(s.shape[1]//taps)*s.n_groups + s.col_group
         key,order = (key*taps + s.cols%taps).sort(stable=True)
-        return order.int(),torch.searchsorted(key, torch.arange(parts*s.n_groups*taps+1, device=key.device)).int()
+        runs = torch.arange(parts*s.n_groups*taps+1, device=key.device)
+        return order.int(),torch.searchsorted(key, runs).int()
     return _memo(s, ('by tap',taps,parts), make)
 
 # %% ../../nbs/kernels/07_triton.ipynb #7faddeef
 @Kernel
 def _input_gradient(dy, v, dx, rows, cols, order, seg, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G, parts,
-                    KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
-                    VEC: tl.constexpr, PREC: tl.constexpr):
+                    KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+                    BQ: tl.constexpr, VEC: tl.constexpr, PREC: tl.constexpr):
     """Add to BQ positions of dx (C, H·W·N), which is zero before"""
     q = tl.program_id(0)//parts*BQ + tl.arange(0, BQ)
     n = tl.max_contiguous(tl.multiple_of(q%N, VEC), VEC)
@@ -247,7 +267,8 @@ def input_gradient(
     "The input gradient, images innermost"
     dx = torch.zeros(f.C, f.H, f.W, f.N, device=dy.device)
     order,seg = by_tap(s, math.prod(f.a.kernel_size), parts)
-    _input_gradient((parts*-(-f.H*f.W*f.N//BQ),), dy, values, dx, s.rows, s.cols, order, seg, *f.ints, s.n_groups, parts,
+    programs = parts*-(-f.H*f.W*f.N//BQ)
+    _input_gradient((programs,), dy, values, dx, s.rows, s.cols, order, seg, *f.ints, s.n_groups, parts,
                     **f.const(s.block_size), BK=BK, BQ=BQ, PREC=precision, **launch)
     return dx
 
@@ -265,11 +286,22 @@ def chunks(
         return g.int(),(s.group_ptr[known] + (ids-(end-n)[known])*BK).int()
     return _memo(s, ('chunks',BK), make)
 
+# %% ../../nbs/kernels/07_triton.ipynb #a39d39a5
+def _splits(
+    Q:int,      # positions
+    BQ:int,     # positions of a tile
+    wanted:int, # as many splits as this, but none of fewer than four tiles
+)->tuple: # (number of splits, positions of each)
+    "Shares of whole tiles"
+    n = max(1, min(-(-Q//(4*BQ)), wanted))
+    per = -(-Q//(n*BQ))*BQ
+    return -(-Q//per),per
+
 # %% ../../nbs/kernels/07_triton.ipynb #1653a84b
 @Kernel
-def _weight_gradient(x, dy, out, rows, ptr, cols, group, first, n_cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R, G, per, n_chunks,
-                     KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
-                     VEC: tl.constexpr, PREC: tl.constexpr):
+def _weight_gradient(x, dy, out, rows, ptr, cols, group, first, n_cols, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, C, R,
+                     G, per, n_chunks, KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
+                     BK: tl.constexpr, BQ: tl.constexpr, VEC: tl.constexpr, PREC: tl.constexpr):
     """Sum over `per` positions for one chunk of columns: out (splits, n_cols, B)"""
     chunk = tl.program_id(0)%n_chunks
     split = tl.program_id(0)//n_chunks
@@ -311,16 +343,16 @@ def weight_gradient(
 )->Tensor: # (n_blocks·B, B) float32, zero for absent rows
     "The weight gradient from tensors with images innermost"
     group,first = chunks(s, BK)
-    splits = max(1, min(-(-f.Q//(4*BQ)), programs//max(1, len(s.cols)//BK+s.n_groups//2)))
-    per = -(-f.Q//(splits*BQ))*BQ
-    splits = -(-f.Q//per)
+    splits,per = _splits(f.Q, BQ, programs//max(1, len(s.cols)//BK+s.n_groups//2))
     out = x.new_empty(splits, len(s.cols), s.block_size, dtype=torch.float32)
-    _weight_gradient((len(group)*splits,), x, dy, out, s.rows, s.group_ptr, s.cols, group, first, len(s.cols), *f.ints, s.n_groups, per, len(group),
+    structure = s.rows,s.group_ptr,s.cols,group,first,len(s.cols)
+    _weight_gradient((len(group)*splits,), x, dy, out, *structure, *f.ints, s.n_groups, per, len(group),
                      **f.const(s.block_size), BK=BK, BQ=BQ, PREC=precision, **launch)
     return out[0] if splits==1 else out.sum(0)
 
 # %% ../../nbs/kernels/07_triton.ipynb #b25ea07b
-_POINTERS = dict(rows='*i32', ptr='*i32', cols='*i32', order='*i32', seg='*i32', group='*i32', first='*i32', dx='*fp32', out='*fp32')
+_POINTERS = dict(rows='*i32', ptr='*i32', cols='*i32', order='*i32', seg='*i32', group='*i32', first='*i32',
+                 dx='*fp32', out='*fp32')
 
 def compiled_for(
     kernel:Kernel,   # one of this notebook
@@ -328,8 +360,8 @@ def compiled_for(
     capability:int=90, # of the GPU: 80 for A100, 90 for H100 and H200
     num_warps:int=4, num_stages:int=3, # as for a launch
     **const,         # the kernel's `tl.constexpr` parameters
-):
-    "A kernel compiled for a GPU that need not be there, with `asm['ptx']` and `asm['cubin']`; batches are a multiple of 16"
+): # has `asm['ptx']` and `asm['cubin']`
+    "A kernel compiled for a GPU that need not be there, for batches that are a multiple of 16"
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     names = list(inspect.signature(kernel.fn).parameters)
@@ -337,7 +369,8 @@ def compiled_for(
     signature = {o:'constexpr' if o in const else tensors.get(o, 'i32') for o in names}
     aligned = [o for o in names if o in tensors or o in ('N','per','n_cols')]
     source = ASTSource(kernel.compiled, signature, const, {(names.index(o),):[['tt.divisibility',16]] for o in aligned})
-    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+    launch = dict(num_warps=num_warps, num_stages=num_stages)
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=launch)
 
 # %% ../../nbs/kernels/07_triton.ipynb #f6feab6a
 def precisions(
@@ -353,14 +386,19 @@ def precisions(
 
 # %% ../../nbs/kernels/07_triton.ipynb #68f5a8cf
 TILES = dict(
-    forward=[dict(BK=32, BQ=128, num_warps=4, num_stages=3), dict(BK=64, BQ=128, num_warps=4, num_stages=3), dict(BK=32, BQ=256, num_warps=8, num_stages=3),
-             dict(BK=32, BQ=64, num_warps=4, num_stages=4), dict(BK=16, BQ=128, num_warps=4, num_stages=4)],
-    input_gradient=[dict(BK=32, BQ=64, parts=1, num_warps=4, num_stages=3), dict(BK=32, BQ=128, parts=1, num_warps=4, num_stages=3),
-                    dict(BK=32, BQ=64, parts=4, num_warps=4, num_stages=3), dict(BK=16, BQ=128, parts=2, num_warps=4, num_stages=3), dict(BK=16, BQ=64, parts=8, num_warps=2, num_stages=3)],
-    weight_gradient=[dict(BK=64, BQ=64, num_warps=4, num_stages=3), dict(BK=64, BQ=128, num_warps=4, num_stages=3), dict(BK=128, BQ=64, num_warps=8, num_stages=3),
-                     dict(BK=32, BQ=128, num_warps=4, num_stages=3)])
+    forward=[dict(BK=32, BQ=128, num_warps=4, num_stages=3), dict(BK=64, BQ=128, num_warps=4, num_stages=3),
+             dict(BK=32, BQ=256, num_warps=8, num_stages=3), dict(BK=32, BQ=64, num_warps=4, num_stages=4),
+             dict(BK=16, BQ=128, num_warps=4, num_stages=4)],
+    input_gradient=[dict(BK=32, BQ=64, parts=1, num_warps=4, num_stages=3),
+                    dict(BK=32, BQ=128, parts=1, num_warps=4, num_stages=3),
+                    dict(BK=32, BQ=64, parts=4, num_warps=4, num_stages=3),
+                    dict(BK=16, BQ=128, parts=2, num_warps=4, num_stages=3),
+                    dict(BK=16, BQ=64, parts=8, num_warps=2, num_stages=3)],
+    weight_gradient=[dict(BK=64, BQ=64, num_warps=4, num_stages=3), dict(BK=64, BQ=128, num_warps=4, num_stages=3),
+                     dict(BK=128, BQ=64, num_warps=8, num_stages=3), dict(BK=32, BQ=128, num_warps=4, num_stages=3)])
 DENSE = 'dense'
 
+# %% ../../nbs/kernels/07_triton.ipynb #44e3d21e
 def candidates(
     product:str,       # a key of `TILES`
     dtype:torch.dtype, # of the tensors
@@ -385,34 +423,34 @@ class Choices:
 
     def save(self):
         "Write the file in one piece; without a place to write, choices last as long as the process"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path.parent) as d:
-                (new := Path(d)/self.path.name).write_text(json.dumps(self.known, indent=1), encoding='utf-8')
-                os.replace(new, self.path)
-        except OSError: pass
+        with suppress(OSError): write_whole(self.path, json.dumps(self.known, indent=1))
 
-    def __call__(self,
-        case:str,        # what is computed
-        candidates:list, # of which JSON can hold each
-        seconds,         # function of a candidate: the time it takes; raising means that it cannot be used
-    ): # one of the candidates
-        "The fastest candidate"
-        if (best := self.load().get(case)) in candidates: return best
-        took = []
-        for o in candidates:
-            try: took.append((seconds(o), len(took), o))
-            except Exception as e: failed = e
-        if not took: raise RuntimeError(f'none of {len(candidates)} ways to compute {case} works on this device: {failed}')
-        self.known[case] = min(took)[2]
-        self.save()
-        return self.known[case]
+# %% ../../nbs/kernels/07_triton.ipynb #c6a37941
+@patch
+def __call__(self:Choices,
+    case:str,        # what is computed
+    candidates:list, # of which JSON can hold each
+    seconds,         # function of a candidate: the time it takes; raising means that it cannot be used
+): # one of the candidates
+    "The fastest candidate"
+    if (best := self.load().get(case)) in candidates: return best
+    took = []
+    for o in candidates:
+        try: took.append((seconds(o), len(took), o))
+        except Exception as e: failed = e
+    if not took:
+        n = len(candidates)
+        raise RuntimeError(f'none of {n} ways to compute {case} works on this device: {failed}')
+    self.known[case] = min(took)[2]
+    self.save()
+    return self.known[case]
 
 # %% ../../nbs/kernels/07_triton.ipynb #b9be07ef
 @functools.cache
 def _announce(path):
     "Say once why the first steps take long"
-    print(f'dsb: kernels are timed once for each new layer shape, a minute or two for a network; what is found is kept in {path}', file=sys.stderr, flush=True)
+    say('dsb: kernels are timed once for each new layer shape, a minute or two for a network; '
+        f'what is found is kept in {path}')
 
 @functools.cache
 def _choices(device:int)->Choices:
@@ -420,6 +458,7 @@ def _choices(device:int)->Choices:
     name = torch.cuda.get_device_name(device).replace(' ','-')
     return Choices(cache_dir()/f'triton-{name}-{triton.__version__}-{torch.__version__}.json')
 
+# %% ../../nbs/kernels/07_triton.ipynb #929831c5
 def choose(
     product:str,      # a key of `TILES`
     x:Tensor,         # any tensor of the layer's device and type
@@ -429,14 +468,16 @@ def choose(
     run,              # function of a candidate: computes the product
 ):  # a candidate
     "The fastest way to compute a product of a layer"
-    ways = candidates(product, x.dtype, f.a is not _one)
+    conv = f.a is not _one
+    ways = candidates(product, x.dtype, conv)
     if not x.is_cuda or os.environ.get('DSB_AUTOTUNE')=='0': return ways[0]
-    kind = f'{"conv" if f.a is not _one else "linear"} {str(x.dtype)[6:]} {"/".join(precisions(x.dtype, f.a is not _one))}'
+    kind = f'{"conv" if conv else "linear"} {str(x.dtype)[6:]} {"/".join(precisions(x.dtype, conv))}'
     case = f'{product} {kind} {fmt} B{s.block_size} n{s.n_blocks} {tuple(f[:-1])} {tuple(f.a)}'
     choices = _choices(x.device.index)
     if torch.cuda.is_current_stream_capturing(): return choices.load().get(case, ways[0])
     if case not in choices.load(): _announce(choices.path)
-    return choices(case, ways, lambda o: triton.testing.do_bench(lambda: run(o), warmup=5, rep=20, return_mode='median'))
+    def median(way): return triton.testing.do_bench(lambda: run(way), warmup=5, rep=20, return_mode='median')
+    return choices(case, ways, median)
 
 # %% ../../nbs/kernels/07_triton.ipynb #b907ec5b
 block_sizes = 8,16,32,64
@@ -449,11 +490,14 @@ def supports(
     "Can these kernels compute the layer?"
     if triton is None: return 'Triton is not installed'
     if x.device.type not in ('cuda','cpu'): return f'the triton kernels take CUDA tensors, not {x.device.type}'
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f'the triton kernels compute in float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
-    if s.block_size not in block_sizes: return f'the triton kernels take blocks of 8, 16, 32 or 64 rows, not {s.block_size}'
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)<(8,0): return 'the triton kernels need a GPU of compute capability 8.0 or more'
-    return ''
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'the triton kernels compute in float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
+    if s.block_size not in block_sizes:
+        return f'the triton kernels take blocks of 8, 16, 32 or 64 rows, not {s.block_size}'
+    old = x.is_cuda and torch.cuda.get_device_capability(x.device)<(8,0)
+    return 'the triton kernels need a GPU of compute capability 8.0 or more' if old else ''
 
+# %% ../../nbs/kernels/07_triton.ipynb #7e49ee29
 def check():
     "Raise ValueError unless Triton is there"
     if triton is None: raise ValueError('Triton is not installed; pip install triton, or use dsb.backend("reference")')
@@ -463,14 +507,17 @@ def _format(x): return 'channels_last' if x.dim()==4 and is_channels_last(x) els
 def _weight(v, s, a): return s.scatter(v) if a is None else s.scatter(v).view(s.shape[0], -1, *a.kernel_size)
 def _like(t, x): return batch_first(t if x.dim()==4 else t.flatten(1), x)
 
+# %% ../../nbs/kernels/07_triton.ipynb #c78fbb31
 def _product(x, values, bias, s, a, relu):
     "Forward product by the fastest way"
     fits(x, values, bias, s, a)
-    f,x,values,bias = _shape(x, s, a),solid(x),solid(values).contiguous(),bias if bias is None else solid(bias).contiguous()
+    f,x,values = _shape(x, s, a),solid(x),solid(values).contiguous()
+    if bias is not None: bias = solid(bias).contiguous()
     if not f.Q*f.C: return x.new_zeros(f.N, f.O, *(f.Ho,f.Wo)[:x.dim()-2])
     def run(way):
         if way!=DENSE: return _like(forward(batch_last(x), values, bias, s, f, relu=relu, **way), x)
-        y = F.linear(x, _weight(values, s, a), bias) if a is None else F.conv2d(x, _weight(values, s, a), bias, *a[1:])
+        w = _weight(values, s, a)
+        y = F.linear(x, w, bias) if a is None else F.conv2d(x, w, bias, *a[1:])
         return y.relu() if relu else y
     return run(choose('forward', x, s, f, _format(x), run))
 
@@ -478,13 +525,16 @@ def _product(x, values, bias, s, a, relu):
 def _dense_dx(dy, x, w, a):
     "Input gradient of the dense layer"
     if a is None: return dy @ w
-    return torch.ops.aten.convolution_backward(dy, x, w, None, *a[1:4], False, [0,0], a.groups, [True,False,False])[0]
+    how = *a[1:4],False,[0,0],a.groups,[True,False,False]
+    return torch.ops.aten.convolution_backward(dy, x, w, None, *how)[0]
 
+# %% ../../nbs/kernels/07_triton.ipynb #c61b6389
 def _gradients(dy, x, values, s, a, need_x, need_values):
     "Each gradient by its fastest way"
     fits(x, values, None, s, a, dy)
     f,dy,x,values = _shape(x, s, a),solid(dy),solid(x),solid(values).contiguous()
-    if not f.Q*f.C: return torch.zeros_like(x) if need_x else None,torch.zeros_like(values) if need_values else None
+    if not f.Q*f.C:
+        return torch.zeros_like(x) if need_x else None,torch.zeros_like(values) if need_values else None
     def dx(way, turn):
         if way==DENSE: return _dense_dx(dy, x, _weight(values, s, a), a)
         return _like(input_gradient(turn(dy), values, s, f, **way), x)
@@ -492,7 +542,8 @@ def _gradients(dy, x, values, s, a, need_x, need_values):
         if way==DENSE: return s.gather(dense_wgrad(dy, x, s, a))
         return weight_gradient(turn(x), turn(dy), s, f, **way).to(values.dtype)
     once = functools.cache(batch_last)         # both need dy
-    def fastest(product, run): return run(choose(product, x, s, f, _format(x), lambda way: run(way, batch_last)), once)
+    def fastest(product, run):
+        return run(choose(product, x, s, f, _format(x), lambda way: run(way, batch_last)), once)
     return fastest('input_gradient', dx) if need_x else None,fastest('weight_gradient', dv) if need_values else None
 
 # %% ../../nbs/kernels/07_triton.ipynb #7e551cab
@@ -507,6 +558,7 @@ def conv2d(
     "Convolution with the compact weight"
     return _product(x, values, bias, s, a, relu)
 
+# %% ../../nbs/kernels/07_triton.ipynb #ec934daa
 def conv2d_backward(
     dy:Tensor,         # (N, O, Ho, Wo) gradient of the output
     x:Tensor,          # (N, C, H, W)
@@ -530,6 +582,7 @@ def linear(
     "x @ Wᵀ + bias"
     return _product(x, values, bias, s, None, relu)
 
+# %% ../../nbs/kernels/07_triton.ipynb #c0c7bb07
 def linear_backward(
     dy:Tensor,         # (M, O) gradient of the output
     x:Tensor,          # (M, K)
