@@ -93,8 +93,10 @@ def warm_up(
         except Exception as e: out[k] = short_reason(e)
     return calls, out
 
-# %% ../../nbs/bench/01_timing.ipynb #323220f7
+# %% ../../nbs/bench/01_timing.ipynb #299143fb
 _cpp = Pieces('nbs/bench/01_timing.ipynb', vectors.cpp)
+
+# %% ../../nbs/bench/01_timing.ipynb #323220f7
 _cpp('peak', 'vectors', r'''
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { CHAINS=16 };
