@@ -44,7 +44,8 @@ def test_an_update_keeps_the_rules(made, alpha, zeros):
         assert (now.flatten(1)[~mask]==0).all() and (now.flatten(1)[mask&~was]==0).all()
         kept = now.flatten(1)[mask&was]
         assert ((kept==w.flatten(1)[mask&was])|(kept==0)).all()
-        assert report.total('changed')==int((mask&~was).sum()) and report.total('grown')<=report.total('confirmed')<=report.total('planned')
+        assert report.total('changed')==int((mask&~was).sum())
+        assert report.total('grown')<=report.total('confirmed')<=report.total('planned')
         m = new.scatter(opt.state[layer.values]['momentum_buffer'])
         assert (m[mask&~was]==0).all()
         if layer.block_size: assert layer.values.shape==(new.n_blocks*layer.block_size, layer.block_size)

@@ -11,11 +11,12 @@ from dsb.layers import SparseConv2d, SparseLinear
 from dsb.structure.rules import RULES
 from dsb.topology import Updater
 
-CASES = settings(max_examples=int(os.environ.get('DSB_CASES', 60)), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+CASES = settings(max_examples=int(os.environ.get('DSB_CASES', 60)), deadline=None, derandomize=True,
+                 suppress_health_check=list(HealthCheck))
 
 @st.composite
 def layers(draw):
-    "(layer, shape of an input, blocks of each short group): linear and convolution, short groups, convolution groups, few columns"
+    "(layer, shape of an input, a seed): linear and convolution, short groups, convolution groups, few columns"
     B = draw(st.sampled_from([2,4,8]))
     seed = draw(st.integers(0, 99))
     g = torch.Generator().manual_seed(seed)
@@ -38,7 +39,8 @@ def layers(draw):
     return make.from_dense(dense, s),(5,K) if linear else (2,I*groups,6,5),seed
 
 rules = st.sampled_from([(r,g) for r in RULES for g in ('gradient','norm','random') if (r,g)!=('saliency','random')])
-numbers = st.fixed_dictionaries(dict(alpha=st.sampled_from([.05,.3,1.]), accumulate=st.sampled_from([0,1]), part=st.sampled_from([1.,.5])))
+numbers = st.fixed_dictionaries(dict(alpha=st.sampled_from([.05,.3,1.]), accumulate=st.sampled_from([0,1]),
+                                     part=st.sampled_from([1.,.5])))
 
 def one_update(layer, shape, seed, rule, grow, kw):
     "The layer's structure and dense pictures of values and momentum, before and after an update"
@@ -47,7 +49,9 @@ def one_update(layer, shape, seed, rule, grow, kw):
     upd = Updater(layer, opt, rule=rule, grow=grow, T=1, T_end=10, **kw)
     layer(torch.randn(shape)).square().sum().backward()
     opt.step()
-    state = lambda: [layer.structure.scatter(o.detach()).clone() for o in (layer.values, opt.state[layer.values]['momentum_buffer'], layer.values.grad)]
+    def state():
+        tensors = layer.values,opt.state[layer.values]['momentum_buffer'],layer.values.grad
+        return [layer.structure.scatter(o.detach()).clone() for o in tensors]
     s = layer.structure
     old = s.mapped(torch.clone)
     before = state()
@@ -58,7 +62,7 @@ def one_update(layer, shape, seed, rule, grow, kw):
 def test_every_rule_and_way_keeps_the_rules(case, how, kw):
     layer,shape,seed = case
     old,before,report,new,after = one_update(layer, shape, seed, *how, kw)
-    new.validate()                                                   # a union of blocks under one permutation of the rows
+    new.validate()                                               # a union of blocks under one permutation of the rows
     assert new.nnz==old.nnz==report.layers[0].active and new.n_blocks==old.n_blocks
     was,now = old.mask(),new.mask()
     assert int((now&~was).sum())==int((was&~now).sum())==report.layers[0].changed
@@ -69,12 +73,13 @@ def test_every_rule_and_way_keeps_the_rules(case, how, kw):
     g = new.rows.view(-1,new.block_size).clamp(min=0)//(new.shape[0]//getattr(layer,'groups',1))
     assert ((g==g[:,:1]) | (new.rows.view(-1,new.block_size)<0)).all()     # rows stay in their convolution group
     for a,b in zip(after, before):
-        assert (a[now&~was]==0).all()                                # grown and filler start at zero, and so does their momentum
+        assert (a[now&~was]==0).all()                # grown and filler start at zero, and so does their momentum
         kept = a[now&was]==b[now&was]
         assert (a[now&was][~kept]==0).all()                          # dropped and back again: from zero
     absent = new.index()<0
     assert (layer.values[absent]==0).all()
-    assert int((old.scatter(torch.ones_like(layer.values)).bool() & now & (after[0]==0) & (before[0]!=0)).sum()) <= report.layers[0].confirmed
+    restarted = was & now & (after[0]==0) & (before[0]!=0)
+    assert int(restarted.sum())<=report.layers[0].confirmed
 
 @CASES
 @given(layers(), rules, numbers)
