@@ -475,7 +475,12 @@ def _takes_part(self:Updater, m, trained):
 
 # %% ../nbs/04_topology.ipynb #43c6c139
 @patch
-def _update_layer(self:Updater, name, m, f, trained):
+def update_layer(self:Updater,
+    name:str,    # of the layer
+    m,           # `SparseLayer`
+    f:float,     # drop fraction
+    trained:set, # ids of the parameters that the optimizer holds
+)->LayerReport:
     "Drop and grow in one layer; its line of the report"
     s = m.structure
     line = LayerReport(name, s.shape[0]*s.shape[1], s.nnz)
@@ -497,7 +502,7 @@ def _update(self:Updater):
     _check_state(self.levels, self.layers)
     f,trained = drop_fraction(self.t, self.T_end, self.alpha, self.schedule),_held(self.stepping)
     self.updates += 1
-    report = Report(self.t, f, [self._update_layer(n, m, f, trained) for n,m in self.layers.items()])
+    report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
     if self.group is not None: self._agree()
     return report
 

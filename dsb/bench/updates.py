@@ -133,7 +133,7 @@ def _trace(step):
     layers = step.upd.layers
     owner = lambda c: next(n for n, m in layers.items() if m.collect is c)
     collecting = around(Collector, '__call__', lambda c, *_: record_function(f'collector {owner(c)}'))
-    updating = around(Updater, '_update_layer', lambda _, n, *__: record_function(f'update {n}'))
+    updating = around(Updater, 'update_layer', lambda _, n, *__: record_function(f'update {n}'))
     with collecting, updating: return MemoryTrace(step)
 
 # %% ../../nbs/bench/04_updates.ipynb #f08a9a8e
