@@ -28,14 +28,14 @@ class Geometry(ctypes.Structure):
 
 cpp('geometry', '', f'struct Geo {{ int {", ".join(_geometry)}; }};')
 
-# %% ../../nbs/kernels/04_packing.ipynb #abe337eb
-_tables = 'rows ptr order taps off phase'.split()
+# %% ../../nbs/kernels/04_packing.ipynb #75fcdf50
+_arrays = 'rows ptr order taps off phase'.split()
 
 class Structure(ctypes.Structure):
     "Groups, block size and index tables of a weight"
-    _fields_ = [('G',ctypes.c_int), ('B',ctypes.c_int)] + [(o, ctypes.c_void_p) for o in _tables]
+    _fields_ = [('G',ctypes.c_int), ('B',ctypes.c_int)] + [(o, ctypes.c_void_p) for o in _arrays]
 
-cpp('structure', '', f'struct Str {{ int G, B; const int *{", *".join(_tables)}; }};')
+cpp('structure', '', f'struct Str {{ int G, B; const int *{", *".join(_arrays)}; }};')
 
 # %% ../../nbs/kernels/04_packing.ipynb #f0df477c
 _affine = 'scale shift mean'.split()
