@@ -97,18 +97,18 @@ def test_method(options, method, block_size, capsys, tmp_path):
 
 def test_original_options():
     "Each option of the two original commands, with its spelling and default"
-    from dsb.cli import _options, _parse, options_to_config, train_parser
+    from dsb.cli import option_groups, options_to_config, parse_options, train_parser
     from dsb.training.train import TrainConfig
     words = ('--data_dir d --model vgg-d --epochs 3 --start-epoch 1 -b 7 --lr .2 --momentum .8 --weight-decay .1 --resume r --cuda 1 --sparsity .8 --T_end 9 '
              '--T 5 --alpha .2 --block_size 8 --data_set cifar100 --static_update y').split()
-    given = vars(_parse(train_parser(), words))
+    given = vars(parse_options(train_parser(), words))
     assert given == dict(data_dir='d', model='vgg-d', epochs=3, start_epoch=1, batch_size=7, lr=.2, momentum=.8, weight_decay=.1, resume='r', cuda='1',
                          sparsity=.8, T_end=9, T=5, alpha=.2, block_size=8, data_set='cifar100', static_update='y')
     for recipe, epochs in ('cifar', 160), ('imagenet', 105):
         c = TrainConfig(**options_to_config({}, recipe))
         assert (c.model, c.epochs, c.start_epoch, c.batch_size, c.lr, c.momentum, c.weight_decay, c.cuda, c.sparsity, c.T, c.alpha, c.block_size, c.data_set) == \
                ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
-        defaults = {names[-1]: default for _, options in _options() for names, _, default, _ in options}
+        defaults = {names[-1]: default for _, options in option_groups() for names, _, default, _ in options}
         for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
             assert defaults.get(option, defaults.get('--learning-rate')) == getattr(c, field)
 
@@ -119,10 +119,10 @@ def test_original_options():
     ('imagenet', '--data_set tinyimagenet --sparsity 0.75 --model ResNet50 --block_size 16 --batch_size 256 --T_end 400000 --T 800')])
 def test_documented_commands(recipe, words):
     "The commands of the original's README, word by word"
-    from dsb.cli import _parse, options_to_config, train_parser
+    from dsb.cli import options_to_config, parse_options, train_parser
     from dsb.training.config import TrainConfig, end_of_updates
     words = words.split()
-    c = TrainConfig(**options_to_config(vars(_parse(train_parser(recipe), words)), recipe))
+    c = TrainConfig(**options_to_config(vars(parse_options(train_parser(recipe), words)), recipe))
     assert c.method == 'dsb' and c.recipe == recipe and c.epochs == {'cifar': 160, 'imagenet': 105}[recipe]
     for name, value in zip(words[::2], words[1::2]): assert str(getattr(c, name[2:])) == value
     assert end_of_updates(c, 391) == c.T_end
@@ -439,13 +439,13 @@ def call(root, *argv, **kwargs):
 
 def test_help(root):
     "Help names every option, and comes before torch is imported"
-    from dsb.cli import _options
+    from dsb.cli import option_groups
     alone = "import sys, types; m = types.ModuleType('dsb'); m.__path__ = ['dsb']; sys.modules['dsb'] = m; import dsb.cli as c; " \
             "t = c.train_parser(sys.argv[1]).format_help(); assert 'torch' not in sys.modules; print(t)"
     for recipe, epochs in ('cifar', 160), ('imagenet', 105):
         text = call(root, '-c', alone, recipe).stdout
         assert f'default {epochs}' in text
-        for _, options in _options():
+        for _, options in option_groups():
             for names, *_ in options: assert all(n in text for n in names)
     assert call(root, 'main.py', '--help').returncode == call(root, 'train_imagenet.py', '--help').returncode == 0
 

@@ -23,7 +23,7 @@ def save_whole(
     path, # file to make or to replace
 ):
     "`torch.save` that leaves the old file or the new one, never half of one"
-    with whole_file(path) as tmp: torch.save(obj, tmp)
+    with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(obj, f)   # by name, torch would write that down too
 
 # %% ../../nbs/training/07_folder.ipynb #5673cdf5
 def _remove_empty(folders):
