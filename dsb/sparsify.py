@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets
+from .structure.methods import STARTS, check_setting
 from .core import markdown_table, one_of
 from .layers import SparseLayer, SparseLinear, SparseConv2d, to_autocast, passing
 from .ops import why_not
@@ -165,11 +166,9 @@ def _carry(old, new, **pairs):
 # %% ../nbs/03_sparsify.ipynb #fcae801d
 def _check_options(block_size, init, start):
     "Raise for options that no model can satisfy"
-    if not isinstance(block_size, int) or not (block_size==0 or 2<=block_size<=256):
-        raise ValueError(f'block_size={block_size}: expected 0 (unstructured) or a whole number from 2 to 256; '
-                         '16 is a good start')
+    check_setting('block_size', block_size)
     one_of(init, ('keep','fan_in'), 'init')
-    one_of(start, (None,'magnitude','random','cover'), 'start')
+    one_of(start, (None,*STARTS), 'start')
     if start=='cover' and not block_size:
         raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; "
                          "use 'random' or 'magnitude'")

@@ -13,7 +13,7 @@ from torch import Tensor
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .structure.blocks import Structure
-from .structure.methods import METHODS, SPARSE, check_setting
+from .structure.methods import GROWS, METHODS, SPARSE, check_setting
 from .structure.rules import DEFAULT_RULE, RULES, Change, Collector, Weights, entries
 from .core import markdown_table, one_of
 from .structure.schedule import drop_fraction, is_update
@@ -51,7 +51,7 @@ def _grow_rule(method, grow):
     "How `method` grows; `grow` may ask for something else where there is a choice"
     default = METHODS[one_of(method, SPARSE, 'method')].grow
     if grow is None: return default
-    one_of(grow, ('gradient','norm','random'), 'grow')
+    one_of(grow, GROWS, 'grow')
     if method=='dsb' or grow==default: return grow
     grows = 'nothing' if default is None else f'by {default}'
     other = '' if default is None or grow=='norm' else f", else {'rigl' if grow=='gradient' else 'set'!r}"

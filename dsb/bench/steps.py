@@ -21,7 +21,7 @@ from .timing import (COMMON_OPTIONS, FORMATS, as_ratio, checked, fma_burst, inte
 from ..core import say, text_table
 from ..fuse import fuse
 from ..sparsify import sparsify
-from ..structure.density import budgets
+from ..structure.density import DISTRIBUTIONS, budgets
 from ..training.models import canonical_name, create_model, layer_macs
 from ..training.plot import INK, NEW, OLD, SOFT, figure
 
@@ -369,7 +369,7 @@ def step_job(
     o = checked(STEP_OPTIONS, given)
     B, plans = o['block_size'], {}
     o['model'] = [canonical_name(n.strip()) for n in o['model'].split(',')]
-    o['distribution'] = words('distribution', o['distribution'], ['uniform', 'er', 'erk'])
+    o['distribution'] = words('distribution', o['distribution'], list(DISTRIBUTIONS))
     for n in o['model']: plans[n] = sparse_plans(n, o['distribution'], o['density'], B)
     how = o['format'], o['repeats'], not o['no_compile'], not o['no_fuse']
     def measure():

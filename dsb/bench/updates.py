@@ -21,10 +21,12 @@ from .timing import (COMMON_OPTIONS, checked, fma_burst, interleave, name_bars, 
                               words)
 from ..core import say, text_table
 from ..sparsify import sparse_layers
+from ..structure.density import DISTRIBUTIONS
 from ..structure.rules import RULES, Collector
 from ..topology import Updater, check_update
 from ..training.models import canonical_name
 from ..training.plot import INK, NEW, OLD, SOFT, figure
+from ..structure.methods import GROWS
 
 # %% ../../nbs/bench/04_updates.ipynb #b050b929
 @contextmanager
@@ -324,9 +326,9 @@ def _checked_updates(given):
     "The options of the command, and the variants they ask for"
     o = checked(UPDATE_OPTIONS, given)
     o['model'] = [canonical_name(n.strip()) for n in o['model'].split(',')]
-    o['distribution'] = words('distribution', o['distribution'], ['uniform', 'er', 'erk'])
+    o['distribution'] = words('distribution', o['distribution'], list(DISTRIBUTIONS))
     o['rule'] = words('rule', o['rule'], list(RULES))
-    o['grow'] = words('grow', o['grow'], ['gradient', 'norm', 'random'])
+    o['grow'] = words('grow', o['grow'], list(GROWS))
     o['part'] = numbers(o['part'], 'part', 'the batch')
     return o, update_variants(o['rule'], o['grow'], o['part'], o['T'])
 

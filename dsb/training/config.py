@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import is_real, is_whole, one_of
-from ..structure.methods import DENSE, METHODS, SETTINGS, check_setting, method_of
+from ..structure.density import DISTRIBUTIONS
+from ..structure.methods import STARTS, DENSE, METHODS, SETTINGS, check_setting, method_of
 
 # %% ../../nbs/training/06_config.ipynb #ac34d57d
 def _dense_contradiction(method, sparsity, block_size, static):
@@ -85,8 +86,8 @@ RECIPES = dict(
 CHOICES = dict(
     recipe=tuple(RECIPES),
     device=('auto','cpu','cuda'),
-    distribution=('erk','er','uniform'),
-    start=(None,'magnitude','random','cover'))
+    distribution=tuple(DISTRIBUTIONS),
+    start=(None,*STARTS))
 
 # %% ../../nbs/training/06_config.ipynb #2086f62b
 def _least(n): return lambda v: is_whole(v) and v>=n
