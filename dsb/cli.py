@@ -123,7 +123,7 @@ def any_terminal():
 # %% ../nbs/06_cli.ipynb #dbe6db4f
 MODELS = ('alexnet-s alexnet-b vgg-c vgg-d vgg-like wrn-22-2 wrn-28-2 wrn-22-8 wrn-16-8 wrn-16-10 '
           'ResNet18 ResNet34 ResNet50 mlp lenet5 lenet300-100').split()
-DATA_SETS = 'cifar10 cifar100 tinyimagenet imagenet digits glyphs'.split()
+DATA_SETS = 'cifar10 cifar100 tinyimagenet imagenet fashion-mnist digits glyphs'.split()
 
 # %% ../nbs/06_cli.ipynb #4f9f0f2d
 _METAVARS = {int:'N', float:'F', str:'NAME'}

@@ -1,19 +1,22 @@
 "Loaders on small files in the true on-disk formats, exact continuation, the cache, and every refusal"
-import hashlib, io, os, pickle, subprocess, sys, tarfile, threading, time, urllib.error, zipfile
+import gzip, hashlib, io, os, pickle, socket, struct, subprocess, sys, tarfile, threading, time, urllib.error, zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
-from dsb.training.data import DataError, batch_bounds, cache_dir, dataset_info, dataset_names, load_data
+from dsb.training.data import (FASHION_FILES, FASHION_RAW, DataError, IdxFile, batch_bounds, cache_dir, dataset_info,
+                               dataset_names, load_data)
 from dsb.training.glyphs import make_glyphs
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    "Each test has its own cache and its own current folder"
+    "Each test has its own cache, its own current folder, and no data sets of the system's"
     monkeypatch.setenv('DSB_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr('dsb.training.data.FASHION_SYSTEM', tmp_path/'system')
     (tmp_path/'here').mkdir()
     monkeypatch.chdir(tmp_path/'here')
 
@@ -23,7 +26,7 @@ def joined(batches): return tuple(torch.cat(t) for t in zip(*batches))
 
 def normalised(x, name):
     "Pixels (..., C, H, W) in [0,1] less the mean of data set `name`, over its standard deviation"
-    mean,std = (torch.tensor(v).view(3,1,1) for v in (dataset_info(name).mean, dataset_info(name).std))
+    mean,std = (torch.tensor(v).view(-1,1,1) for v in (dataset_info(name).mean, dataset_info(name).std))
     return (x-mean)/std
 
 def same(a, b): return len(a)==len(b) and all((x==x2).all() and (y==y2).all() for (x,y),(x2,y2) in zip(a, b))
@@ -140,6 +143,203 @@ def test_cifar_download_cut_short(tmp_path, monkeypatch, serve):
     (tmp_path/CIFAR10.filename).write_bytes(b'half of it')
     refuses('the download failed', 'cifar10')
     assert not Path('data').exists()
+
+# ---------------------------------------------------------------- Fashion-MNIST
+
+def idx(x):
+    "An array of bytes as an IDX file"
+    return struct.pack(f'>{1+x.ndim}I', 0x800+x.ndim, *x.shape) + x.tobytes()
+
+def write_fashion(root, monkeypatch, packed=True, n=(40,20), seed=0):
+    "A small Fashion-MNIST in the format of the real one, which it takes the place of; returns the unpacked files"
+    rng,raws,known = np.random.default_rng(seed),{},{}
+    root.mkdir(parents=True, exist_ok=True)
+    for name,real in FASHION_FILES.items():
+        shape = (n['t10k' in name], *real.shape[1:])
+        raws[name] = idx(rng.integers(0, real.below, shape, dtype=np.uint8))
+        known[name] = IdxFile(shape, hashlib.md5(raws[name]).hexdigest(), real.below)
+        if packed: (root/f'{name}.gz').write_bytes(gzip.compress(raws[name]))
+        else: (root/name).write_bytes(raws[name])
+    monkeypatch.setattr('dsb.training.data.FASHION_FILES', known)
+    return raws
+
+def fashion_refuses(contains, root, **kwargs):
+    message = refuses(contains, 'fashion-mnist', data_dir=root, download=False, **kwargs)
+    assert '--data_set digits needs nothing' in message
+    return message
+
+@pytest.mark.parametrize('packed', [True, False])
+@pytest.mark.parametrize('place', ['.', 'fashion-mnist', FASHION_RAW])
+def test_fashion(place, packed, tmp_path, monkeypatch):
+    root = tmp_path/'f'
+    raws = write_fashion(root/place, monkeypatch, packed)
+    before = listing(root)
+    d = load_data('fashion-mnist', data_dir=root, channels=1, batch_size=16)
+    assert (d.n_train, d.n_test, d.num_classes, d.image_size, d.channels)==(40, 20, 10, 32, 1)
+    x,y = joined(d.test_batches())
+    assert y.tolist()==list(raws['t10k-labels-idx1-ubyte'][8:]) and (x.dtype, y.dtype)==(torch.float32, torch.int64)
+    pixels = torch.tensor(list(raws['t10k-images-idx3-ubyte'][16:]), dtype=torch.uint8).view(20, 1, 28, 28)
+    padded = torch.nn.functional.pad(pixels, (2,2,2,2))
+    assert torch.allclose(x, normalised(padded/255, 'fashion-mnist'), atol=1e-5)
+    epoch = list(d.train_batches(0))
+    assert joined(epoch)[1].bincount().tolist()==np.bincount(list(raws['train-labels-idx1-ubyte'][8:])).tolist()
+    assert same(epoch[1:], list(d.train_batches(0, start=1)))
+    assert listing(root)==before and list(cache_dir().iterdir())==[]
+
+def test_fashion_like_torchvision(tmp_path, monkeypatch):
+    "The same images, labels and classes as torchvision reads from the same files"
+    write_fashion(tmp_path/FASHION_RAW, monkeypatch, packed=False)
+    d = load_data('fashion-mnist', data_dir=tmp_path/'FashionMNIST', channels=1)
+    for (x,y),train in (d.train, True), (d.test, False):
+        ref = FashionMNIST(str(tmp_path), train=train)
+        assert (x[:,0,2:30,2:30]==ref.data).all() and (y==ref.targets).all() and d.classes==ref.classes
+
+def test_fashion_places(tmp_path, monkeypatch):
+    "The given folder, ./data, the current folder, and the system's where none of them has the files"
+    raws = write_fashion(tmp_path/'system', monkeypatch)
+    for where in (None, tmp_path, tmp_path/'nowhere'): assert load_data('fashion-mnist', data_dir=where).n_train==40
+    assert not Path('data').exists() and not (tmp_path/'nowhere').exists()
+    for folder in ('.', 'data/fashion-mnist'):             # the later ones are looked at first
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder)/'t10k-labels-idx1-ubyte').write_bytes(b'')
+        for name,raw in raws.items(): (Path(folder)/f'{name}.gz').write_bytes(gzip.compress(raw))
+        assert load_data('fashion-mnist', download=False).n_test==20
+        (Path(folder)/'t10k-labels-idx1-ubyte.gz').unlink()
+        fashion_refuses(str(Path(folder)/'t10k-labels-idx1-ubyte is damaged'), None)
+
+def test_fashion_parts_and_processes(tmp_path, monkeypatch):
+    write_fashion(tmp_path, monkeypatch)
+    def load(**kwargs): return load_data('fashion-mnist', data_dir=tmp_path, batch_size=10, **kwargs)
+    part = load(n_train=25, n_test=7)
+    assert (part.n_train, part.n_test, part.steps_per_epoch, part.channels)==(25, 7, 3, 3)
+    refuses('n_train=41: fashion-mnist has only 40 train images', 'fashion-mnist', data_dir=tmp_path, n_train=41)
+    whole,ranks = load(),[load(rank=r, world_size=2) for r in (0,1)]
+    for (x,y),(x0,y0),(x1,y1) in zip(whole.train_batches(2), *(r.train_batches(2) for r in ranks), strict=True):
+        assert (torch.cat([x0,x1])==x).all() and (torch.cat([y0,y1])==y).all()
+    assert sum(len(y) for r in ranks for _,y in r.test_batches())==20
+
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+def attempt(root):
+    "The data in `root`, or the one line that refuses it"
+    try:
+        d = load_data('fashion-mnist', data_dir=root, channels=1, download=False)
+        return [*d.train, *d.test]
+    except DataError as e: return str(e)
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_fashion_flipped_bytes(packed, tmp_path, monkeypatch):
+    "A changed byte is refused by the name of its file, or changes nothing, as some in gzip's header do"
+    write_fashion(tmp_path, monkeypatch, packed)
+    files,want = sorted(p for p in tmp_path.iterdir() if p.is_file()),attempt(tmp_path)
+    @FEW
+    @given(st.sampled_from(files), st.integers(0, 2**20), st.integers(1, 255), st.sampled_from(['any', 'head']))
+    def check(file, at, flip, part):
+        good = file.read_bytes()
+        bad = bytearray(good); bad[at % (len(bad) if part=='any' else 24)] ^= flip; file.write_bytes(bad)
+        try: got = attempt(tmp_path)
+        finally: file.write_bytes(good)
+        if isinstance(got, str): assert got.startswith(f'{file} is damaged: ') and '\n' not in got and 'digits' in got
+        else: assert packed and all((a==b).all() for a,b in zip(got, want, strict=True))
+    check()
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_fashion_cut_short(packed, tmp_path, monkeypatch):
+    write_fashion(tmp_path, monkeypatch, packed)
+    for file in sorted(p for p in tmp_path.iterdir() if p.is_file()):
+        good = file.read_bytes()
+        short = [good[:n] for n in (0, 1, 9, 17, len(good)//2, len(good)-4, len(good)-1)]
+        for bad in (*short, good+b'more', good*2):
+            file.write_bytes(bad)
+            fashion_refuses(f'{file} is damaged', tmp_path)
+        file.write_bytes(good)
+
+def test_fashion_bomb(tmp_path, monkeypatch):
+    "A packed file that unpacks to much more than it should is not unpacked to its end"
+    raws = write_fashion(tmp_path, monkeypatch)
+    name = 'train-labels-idx1-ubyte'
+    bomb = gzip.compress(raws[name] + bytes(1_000_000))
+    (tmp_path/f'{name}.gz').write_bytes(bomb[:-20])        # at its end is what nobody should come to
+    fashion_refuses(f'{name}.gz is damaged: it has more bytes, expected 48', tmp_path)
+
+WRONG = {   # name -> (what the file holds instead, what is said)
+    'train-images-idx3-ubyte': (np.zeros((39,28,28), np.uint8), 'it holds 39×28×28, expected 40×28×28'),
+    'train-labels-idx1-ubyte': (np.zeros(41, np.uint8), 'it holds 41, expected 40'),
+    't10k-images-idx3-ubyte':  (np.zeros((20,32,32), np.uint8), 'it holds 20×32×32, expected 20×28×28'),
+    't10k-labels-idx1-ubyte':  (np.full(20, 10, np.uint8), 'it holds label 10, expected 0 to 9')}
+
+@pytest.mark.parametrize('name', WRONG)
+def test_fashion_wrong_files(name, tmp_path, monkeypatch):
+    "Intact archives of other counts, sizes or labels, files changed for one another, another data set"
+    raws,(wrong,says) = write_fashion(tmp_path/'f', monkeypatch),WRONG[name]
+    file,good = tmp_path/'f'/f'{name}.gz',gzip.compress(raws[name])
+    file.write_bytes(gzip.compress(idx(wrong))); fashion_refuses(f'{file} is damaged: {says}', tmp_path/'f')
+    for other in raws.keys()-{name}:
+        file.write_bytes(gzip.compress(raws[other])); fashion_refuses(f'{file} is damaged: it ', tmp_path/'f')
+    file.write_bytes(good); assert load_data('fashion-mnist', data_dir=tmp_path/'f').n_train==40
+    with monkeypatch.context() as m: others = write_fashion(tmp_path/'mnist', m, seed=1)
+    file.write_bytes(gzip.compress(others[name])); fashion_refuses('a wrong byte, or another data set', tmp_path/'f')
+
+def test_fashion_no_archive(tmp_path, monkeypatch):
+    raws = write_fashion(tmp_path, monkeypatch)
+    file = tmp_path/'train-images-idx3-ubyte.gz'
+    for raw in raws['train-images-idx3-ubyte'], b'<html>not found</html>':
+        file.write_bytes(raw)
+        fashion_refuses(f'{file} is damaged: Not a gzipped file', tmp_path)
+
+def fashion_server(folder, raws, monkeypatch, serve):
+    "Serve packed files; torchvision's addresses and checksums are set to them"
+    folder.mkdir()
+    for name,raw in raws.items(): (folder/f'{name}.gz').write_bytes(gzip.compress(raw))
+    md5s = [(f'{name}.gz', hashlib.md5((folder/f'{name}.gz').read_bytes()).hexdigest()) for name in raws]
+    monkeypatch.setattr(FashionMNIST, 'resources', md5s)
+    monkeypatch.setattr(FashionMNIST, 'mirrors', [serve(folder)])
+
+def test_fashion_download(tmp_path, monkeypatch, serve, capfd):
+    "Into torchvision's own folder, which both read afterwards; a missing file is fetched again"
+    raws = write_fashion(tmp_path/'away', monkeypatch)
+    fashion_server(tmp_path/'served', raws, monkeypatch, serve)
+    refuses('downloading is off', 'fashion-mnist', download=False)
+    want = list(load_data('fashion-mnist', data_dir=tmp_path/'away').test_batches())
+    assert same(list(load_data('fashion-mnist').test_batches()), want)
+    assert [p.name for p in Path('data').iterdir()]==['FashionMNIST'] and len(FashionMNIST('data'))==40
+    for p in Path('data', FASHION_RAW).glob('t10k-labels*'): p.unlink()
+    refuses(f'data/{FASHION_RAW} has no t10k-labels-idx1-ubyte.gz; downloading is off', 'fashion-mnist', download=False)
+    assert same(list(load_data('fashion-mnist').test_batches()), want)
+    assert capfd.readouterr()==('', '')
+
+def test_fashion_no_network(tmp_path, monkeypatch):
+    def lost(*args, **kwargs): raise urllib.error.URLError('no route')
+    monkeypatch.setattr('urllib.request.urlopen', lost)
+    message = refuses('no route', 'fashion-mnist')
+    for part in ('data and the current folder', 'dataset-fashion-mnist', 'train-images-idx3-ubyte.gz', '--data_dir',
+                 '--data_set digits needs nothing'): assert part in message
+    refuses('no route', 'fashion-mnist', data_dir=tmp_path/'new')
+    assert not Path('data').exists() and not (tmp_path/'new').exists()
+
+def test_fashion_download_damaged(tmp_path, monkeypatch, serve):
+    "Half a file, none at all, and a server that talks nonsense: one line, and nothing is left behind"
+    fashion_server(tmp_path/'served', write_fashion(tmp_path/'away', monkeypatch), monkeypatch, serve)
+    file = tmp_path/'served'/'t10k-images-idx3-ubyte.gz'
+    file.write_bytes(file.read_bytes()[:1000]); refuses('the download failed', 'fashion-mnist')
+    file.unlink(); refuses('404', 'fashion-mnist')
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        def nonsense():
+            while True:
+                try: c,_ = s.accept()
+                except OSError: return
+                with c: c.recv(4096); c.sendall(b'nonsense\r\n\r\n')
+        threading.Thread(target=nonsense, daemon=True).start()
+        monkeypatch.setattr(FashionMNIST, 'mirrors', [f'http://127.0.0.1:{s.getsockname()[1]}/'])
+        refuses('the download failed (nonsense', 'fashion-mnist')
+    assert not Path('data').exists()
+
+def test_fashion_files():
+    "What is known about the real files: as many labels as images, ten classes, four different contents"
+    a,b,c,d = FASHION_FILES.values()
+    assert (a.shape, b.shape, c.shape, d.shape)==((60000,28,28), (60000,), (10000,28,28), (10000,))
+    assert [p.split('.')[0] for p,_ in FashionMNIST.resources]==list(FASHION_FILES)
+    assert len({f.md5 for f in FASHION_FILES.values()})==4 and len(FashionMNIST.classes)==b.below==d.below==10
 
 # ---------------------------------------------------------------- Tiny-ImageNet
 
@@ -343,7 +543,7 @@ def test_batch_bounds(n, batch_size, world):
     assert all((b-a)%world==0 and (b-a>=2*world or b-a==batch_size) for a,b in bounds)
 
 REFUSED = [
-    (dict(name='cifr10'), 'did you mean cifar10?'), (dict(name='mnist'), 'expected one of'),
+    (dict(name='cifr10'), 'did you mean cifar10?'), (dict(name='mnist'), 'did you mean fashion-mnist?'),
     (dict(name=''), 'expected one of'), (dict(batch_size=0), 'batch_size=0'), (dict(batch_size=-5), 'batch_size=-5'),
     (dict(batch_size=1.5), 'batch_size=1.5'), (dict(eval_batch_size=0), 'eval_batch_size=0'),
     (dict(n_train=0), 'n_train=0'), (dict(n_test=0), 'n_test=0'), (dict(n_test=361), 'has only 360 test images'),
@@ -353,7 +553,7 @@ REFUSED = [
 @pytest.mark.parametrize('kwargs,message', REFUSED)
 def test_refusals(kwargs, message): refuses(message, **{'name':'digits', **kwargs})
 
-@pytest.mark.parametrize('name', ['cifar10','cifar100','tinyimagenet','imagenet'])
+@pytest.mark.parametrize('name', ['cifar10','cifar100','tinyimagenet','imagenet','fashion-mnist'])
 def test_missing(name, tmp_path):
     t = time.time()
     for where in (tmp_path/'nowhere', None):
@@ -362,5 +562,5 @@ def test_missing(name, tmp_path):
     assert time.time()-t<5 and not (tmp_path/'nowhere').exists() and not Path('data').exists()
 
 def test_info():
-    assert dataset_names()==['cifar10','cifar100','tinyimagenet','imagenet','digits','glyphs']
-    assert [dataset_info(n).num_classes for n in dataset_names()]==[10,100,200,1000,10,47]
+    assert dataset_names()==['cifar10','cifar100','tinyimagenet','imagenet','fashion-mnist','digits','glyphs']
+    assert [dataset_info(n).num_classes for n in dataset_names()]==[10,100,200,1000,10,10,47]
