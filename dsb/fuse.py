@@ -14,6 +14,7 @@ from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
 from .kernels.reference import fits
 from .ops import allowed, conv_args, outline, less_wanted, operator, recall, reveal, structure_of
+from .structure.methods import FAST_BLOCKS
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
 @operator('dsb::norm')
@@ -175,7 +176,7 @@ _norm_conv2d.register_autograd(_norm_conv_gradients, setup_context=_keep_norm_co
 # %% ../nbs/05_fuse.ipynb #6221590d
 def _suits_conv(x, conv):
     "Can the convolution normalise its own input?"
-    if not _is_just(conv, SparseConv2d) or conv.block_size not in cpu.block_sizes: return False
+    if not _is_just(conv, SparseConv2d) or conv.block_size not in FAST_BLOCKS: return False
     if conv.pad_first or x.shape[1]%16: return False
     if conv.left_behind is not None or conv.values.dtype!=x.dtype or not conv.values.is_cpu: return False
     return not torch.is_autocast_enabled('cpu')

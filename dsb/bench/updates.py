@@ -22,11 +22,11 @@ from .timing import (COMMON_OPTIONS, checked, fma_burst, interleave, name_bars, 
 from ..core import say, text_table
 from ..sparsify import sparse_layers
 from ..structure.density import DISTRIBUTIONS
+from ..structure.methods import GROWS
 from ..structure.rules import RULES, Collector
 from ..topology import Updater, check_update
 from ..training.models import canonical_name
 from ..training.plot import INK, NEW, OLD, SOFT, figure
-from ..structure.methods import GROWS
 
 # %% ../../nbs/bench/04_updates.ipynb #b050b929
 @contextmanager
