@@ -64,6 +64,13 @@ def test_shows_no_errors(nb):
     assert not found, f'stored outputs hold errors: {found}'
 
 @each
+def test_links_lead_somewhere(nb):
+    "A link to another notebook names one that is there"
+    prose = '\n'.join(c.source for c in read_cells(nb) if not c.code)
+    lost = [to for to in re.findall(r'\]\(([\w./-]+\.ipynb)', prose) if not (nb.parent/to).exists()]
+    assert not lost, f'no such notebooks: {lost}'
+
+@each
 def test_plots_are_stored(nb):
     "A cell that ends in a plot has the plot in it"
     plots = re.compile(r'^(?:plt\.\w|\w*\.?(?:show|plot)\w*\(|\w+\.(?:plot|imshow|bar|hist)\()')
