@@ -261,10 +261,22 @@ def norm_then(
     return reader(batch_norm(x, bn, None, relu))
 
 # %% ../nbs/05_fuse.ipynb #8d61c194
+class _StandIn(fx.Proxy):
+    "Records `y += x` as what it is, a change of `y`, which others may know by another name"
+
+def _records(f):
+    "An operator that is recorded"
+    return lambda self,other: self.tracer.create_proxy('call_function', f, (self, other), {})
+
+for o in ('iadd','isub','imul','itruediv','ifloordiv','imod','ipow','iand','ior','ixor'):
+    setattr(_StandIn, f'__{o}__', _records(getattr(python, o)))
+
 class _Children(fx.Tracer):
     "Records a module's own `forward`"
     def is_leaf_module(self, m, name): return True
+    def proxy(self, node): return _StandIn(node, self)
 
+# %% ../nbs/05_fuse.ipynb #04783ac1
 def _unchanged(m, before:dict)->bool:
     "Does a module hold what it held before? If not, it gets that back"
     now = m.__dict__
