@@ -260,7 +260,7 @@ def conv2d_backward(
     for p,c in _conv_panels(s, a):
         d = _take(G, p)
         if need_values: dv[p.at] = X[c.channel,c.i,c.j].flatten(1) @ d.T
-        if need_x: _add_taps(dxp, (vw[p.at] @ d).view(-1,N,*dy.shape[2:]), c, a)
+        if need_x: _add_taps(dxp, (vw[p.at] @ d).view(len(c.channel),N,*dy.shape[2:]), c, a)
     dx = _like(dxp[:,:,ph:ph+H,pw:pw+W].transpose(0,1).to(x.dtype), x) if need_x else None
     return dx,_narrow((dv,), x)[0]
 
