@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHE_REMEDY', 'one_of', 'is_whole', 'is_real', 'whole_number', 'whole_file', 'write_whole', 'is_mine',
            'cache_folders', 'private_folder', 'cache_dir', 'settle_matplotlib', 'cpu_info', 'processor', 'text_table',
-           'markdown_table', 'say']
+           'markdown_table', 'say', 'watched']
 
 # %% ../nbs/00_core.ipynb #aa0374b4
 import contextlib, os, platform, secrets, stat, sys, tempfile
@@ -191,3 +191,8 @@ def say(
 ):
     "Tell the user something that is not the result"
     print(text, file=sys.stderr, flush=True)
+
+# %% ../nbs/00_core.ipynb #26c40357
+def watched()->bool:
+    "Does somebody see what is drawn on stderr?"
+    return sys.stderr.isatty() or 'ipykernel' in sys.modules

@@ -19,6 +19,7 @@ from .steps import Step, bench_model, flop_share, sparse_model
 from .timing import (FORMATS, as_ms, as_ratio, checked, finish, interleave, left_out, short_reason, spread,
                               warm_up, words)
 from ..core import say, text_table
+from ..structure.methods import FAST_BLOCKS, FAST_WORDS
 from ..ops import why_not
 from ..structure.blocks import ShuffledBlocks
 from ..training.models import layer_macs
@@ -331,7 +332,7 @@ GPU_OPTIONS = [
      f"networks whose training steps are timed, of {', '.join(GPU_MODELS)}; none for layers alone"),
     (['--numbers'], dict(metavar='K[,K...]'), 'float32,tf32,bf16', 'tf32',
      "kinds of numbers: float32 (IEEE), tf32, bf16"),
-    (['--block_size'], dict(metavar='B[,B...]'), '16,32,64', '32', "block sizes: 8, 16, 32 or 64"),
+    (['--block_size'], dict(metavar='B[,B...]'), '16,32,64', '32', f"block sizes: {FAST_WORDS}"),
     (['--density'], dict(metavar='D[,D...]'), '.1,.05', '.1', "shares of active weights, in (0, 1]"),
     (['--format'], dict(metavar='NAME'), 'nchw', 'nchw',
      "memory format of the sparse layers: channels_last, nchw or both"),
@@ -351,7 +352,7 @@ def _checked_gpu(given):
         remedy = 'use a machine with one, or `dsb bench layers` and `dsb bench step` for the CPU'
         raise ValueError(f'device=cuda: torch finds no GPU; {remedy}')
     o['numbers'] = words('numbers', o['numbers'], list(NUMBERS))
-    o['block_size'] = [int(w) for w in words('block_size', o['block_size'], ['8', '16', '32', '64'])]
+    o['block_size'] = [int(w) for w in words('block_size', o['block_size'], list(map(str, FAST_BLOCKS)))]
     models = [] if o['models'] == 'none' else words('models', o['models'], list(GPU_MODELS))
     layers = [] if o['layers'] == 'none' else [parse_layer(t.strip(), 128) for t in o['layers'].split(',')]
     return o, layers, models

@@ -11,7 +11,7 @@ import ctypes, functools
 import torch
 from torch import Tensor
 from ..structure.blocks import ShuffledBlocks
-from ..structure.methods import FAST_BLOCKS
+from ..structure.methods import slow_size
 from . import packing
 from .build import Pieces, library
 from .packing import Affine, tables
@@ -366,8 +366,7 @@ def supports(
     "Can these kernels compute the layer?"
     if not x.is_cpu: return f'the cpu kernels take CPU tensors, not {x.device.type}'
     if x.dtype!=torch.float32: return f'the cpu kernels compute in float32, not {str(x.dtype)[6:]}'
-    if s.block_size in FAST_BLOCKS: return native()[1]
-    return f'the cpu kernels take blocks of 8, 16, 32 or 64 rows, not {s.block_size}'
+    return slow_size(s.block_size, 'cpu') or native()[1]
 
 # %% ../../nbs/kernels/05_cpu.ipynb #0ffd4084
 def check():

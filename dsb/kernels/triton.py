@@ -18,7 +18,7 @@ from torch import Tensor
 from types import SimpleNamespace
 from typing import NamedTuple
 from ..structure.blocks import ShuffledBlocks
-from ..structure.methods import FAST_BLOCKS
+from ..structure.methods import slow_size
 from ..core import cache_dir, say, write_whole
 from .reference import ConvArgs, dense_wgrad, fits, is_channels_last, solid
 
@@ -491,8 +491,7 @@ def supports(
     if x.device.type not in ('cuda','cpu'): return f'the triton kernels take CUDA tensors, not {x.device.type}'
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'the triton kernels compute in float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
-    if s.block_size not in FAST_BLOCKS:
-        return f'the triton kernels take blocks of 8, 16, 32 or 64 rows, not {s.block_size}'
+    if why := slow_size(s.block_size, 'triton'): return why
     old = x.is_cuda and torch.cuda.get_device_capability(x.device)<(8,0)
     return 'the triton kernels need a GPU of compute capability 8.0 or more' if old else ''
 

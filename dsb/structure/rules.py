@@ -294,11 +294,11 @@ paper.keeps,paper.start = 'entries','magnitude'
 # %% ../../nbs/structure/06_rules.ipynb #c80236d7
 def _withering(
     worth:Tensor, # (n_blocks·B,) of the active columns
+    order:Tensor, # their numbers, the least worth first
     n:int,        # how many are planned to go
     below:float,  # confirm what is worth less than so much of the median; None: all
 )->tuple: # numbers of columns: those that go, those that stay
     "The columns of least worth"
-    order = falling(-worth)
     if below is not None: n = int((worth[order[:n]] < below*worth.median()).sum())
     return order.tensor_split([n])
 
@@ -320,6 +320,13 @@ def _uses(
     "How many of the columns at `at` each channel has"
     return channel.view(-1)[at].bincount(minlength=int(channel[-1,-1])+1)
 
+# %% ../../nbs/structure/06_rules.ipynb #bd027dfd
+def _places(
+    s:ShuffledBlocks,
+)->Tensor: # (n_blocks·B,) int64
+    "Flat positions of the columns, group·K + column"
+    return s.col_group*s.shape[1] + s.cols.long()
+
 # %% ../../nbs/structure/06_rules.ipynb #5b39fa5c
 def _exchange(
     s:ShuffledBlocks,
@@ -328,7 +335,7 @@ def _exchange(
     channel:Tensor=None, # (G, K) of each column; a newcomer counts less the more columns its channel has
 )->ShuffledBlocks:
     "The structure with other columns in place of those that go"
-    at = s.col_group*s.shape[1] + s.cols.long()
+    at = _places(s)
     key = candidates.reshape(-1).clone().index_fill_(0, at, 0)
     if channel is not None: key = diminish(key, channel.view(-1), _uses(channel, at[stay]))
     key = key.index_fill_(0, at, torch.inf).index_fill_(0, at[out], -1).view_as(candidates)
@@ -336,12 +343,12 @@ def _exchange(
 
 # %% ../../nbs/structure/06_rules.ipynb #1d1bfe99
 def _new_entries(
-    at:Tensor, # flat positions of columns, group·K + column
+    at:Tensor, # flat positions of columns, as in `_places`
     new:ShuffledBlocks,
 )->Tensor: # flat positions of entries
     "The entries of the columns that `new` has and that are not at `at`"
     was = torch.zeros(new.n_groups*new.shape[1], dtype=torch.bool, device=at.device).index_fill_(0, at, True)
-    i = new.index()[~was[new.col_group*new.shape[1] + new.cols.long()]].view(-1)
+    i = new.index()[~was[_places(new)]].view(-1)
     return i[i>=0]
 
 # %% ../../nbs/structure/06_rules.ipynb #0199d4b1
@@ -401,13 +408,13 @@ def __call__(self:ColumnRule,
     "What goes, what comes, and the structure that makes"
     if self.needs and w.seen is None: raise ValueError(_needs_gradient.format(self.__name__))
     s,worth = w.structure,self.worth(w)
-    n = int(f*len(worth))
-    out,stay = _withering(worth, n, self.below)
-    planned = int(_dropped(s, falling(-worth)[:n]).sum())
-    if not len(out): return Change(s, _dropped(s, out), planned, out)
+    order,n = falling(-worth),int(f*len(worth))
+    out,stay = _withering(worth, order, n, self.below)
+    drop,planned = _dropped(s, out),int(_dropped(s, order[:n]).sum())
+    if not len(out): return Change(s, drop, planned, out)
     channel = channels_of(s.rows, s.block_size, s.shape, w.taps, w.groups) if self.spread else None
     new = _exchange(s, out, stay, _candidates(w), channel)
-    return Change(new, _dropped(s, out), planned, _new_entries(s.col_group*s.shape[1] + s.cols.long(), new))
+    return Change(new, drop, planned, _new_entries(_places(s), new))
 
 # %% ../../nbs/structure/06_rules.ipynb #19cb6ed3
 columns = ColumnRule('columns', mean_square)
@@ -423,7 +430,6 @@ saliency = ColumnRule('saliency', loss_of, needs='gradient')
 
 # %% ../../nbs/structure/06_rules.ipynb #1dc4d5e3
 cover = ColumnRule('cover', root_mean_square, spread=True, below=.5)
-cover
 
 # %% ../../nbs/structure/06_rules.ipynb #a13c493d
 def swap(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import is_real, is_whole, one_of
 from ..structure.density import DISTRIBUTIONS
-from ..structure.methods import STARTS, DENSE, METHODS, SETTINGS, check_setting, method_of
+from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS, check_setting, method_of
 
 # %% ../../nbs/training/06_config.ipynb #ac34d57d
 def _dense_contradiction(method, sparsity, block_size, static):
@@ -31,7 +31,7 @@ def _sparse_contradiction(method, block_size, static):
     m = METHODS[method]
     others = ' or '.join(method_of(not m.blocks, still) for still in (False, True))
     if m.blocks and block_size==0:
-        return (f"block_size=0 with method={method!r}: blocks need a size, 8, 16, 32 or 64; "
+        return (f"block_size=0 with method={method!r}: blocks need a size, {FAST_WORDS}; "
                 f"without blocks use method {others}")
     if not m.blocks and block_size:
         return (f"block_size={block_size} with method={method!r}: unstructured weights have block size 0; "

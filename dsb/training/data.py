@@ -8,7 +8,7 @@ __all__ = ['FASHION_FILES', 'FASHION_RAW', 'FASHION_SYSTEM', 'DataError', 'Datas
            'cached', 'IdxFile', 'FolderData', 'load_data']
 
 # %% ../../nbs/training/03_data.ipynb #6a963741
-import difflib, gzip, hashlib, io, os, pickle, shutil, socket, struct, sys, tarfile, tempfile, threading, warnings
+import difflib, gzip, hashlib, io, os, pickle, shutil, socket, struct, tarfile, tempfile, threading, warnings
 import zipfile, zlib
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from http.client import HTTPException
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .glyphs import GLYPH_CLASSES, GLYPH_VERSION, GREY, make_glyphs, rng, mix_seed, show_images
-from ..core import cache_dir, settle_matplotlib, whole_file, whole_number
+from ..core import cache_dir, settle_matplotlib, whole_file, whole_number, watched
 
 # %% ../../nbs/training/03_data.ipynb #6eb5b61d
 class DataError(ValueError):
@@ -293,11 +293,6 @@ def _digits(**_):
     test[order[::5]] = True
     return (x[~test],y[~test]),(x[test],y[test]),'0123456789'
 
-# %% ../../nbs/training/03_data.ipynb #3cfed4bf
-def _show_bar():
-    "Whether someone is watching: a terminal or a notebook"
-    return sys.stderr.isatty() or 'ipykernel' in sys.modules
-
 # %% ../../nbs/training/03_data.ipynb #21eff942
 def _glyphs(n_train=None, n_test=None, **_):
     "Images and labels of `glyphs`, from the cache or newly drawn"
@@ -305,7 +300,7 @@ def _glyphs(n_train=None, n_test=None, **_):
     import matplotlib, PIL
     n_train = 50_000 if n_train is None else n_train
     n_test = 10_000 if n_test is None else n_test
-    def draw(n, split): return make_glyphs(n, 0, split, progress=_show_bar())
+    def draw(n, split): return make_glyphs(n, 0, split, progress=watched())
     drawn_by = f'matplotlib{matplotlib.__version__}-pillow{PIL.__version__}'
     name = f'glyphs-v{GLYPH_VERSION}-seed0-{n_train}-{n_test}-{drawn_by}'
     x,y,xt,yt = cached(name, lambda: [*draw(n_train, 'train'), *draw(n_test, 'test')])
@@ -396,7 +391,7 @@ def _impatient(seconds=20):
 # %% ../../nbs/training/03_data.ipynb #fd1eba86
 def _quiet():
     "No bars inside a `with` block unless someone is watching"
-    return nullcontext() if _show_bar() else redirect_stderr(io.StringIO())
+    return nullcontext() if watched() else redirect_stderr(io.StringIO())
 
 # %% ../../nbs/training/03_data.ipynb #443b5c82
 def _download(
@@ -679,7 +674,7 @@ def _decode(tree, files, size=64):
     def one(i): x[i] = _decode_one(tree, files[i][0], size)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         done = pool.imap(one, range(len(files)), chunksize=64)
-        for _ in tqdm(done, total=len(files), desc='reading images', disable=not _show_bar(), leave=False): pass
+        for _ in tqdm(done, total=len(files), desc='reading images', disable=not watched(), leave=False): pass
     return x,torch.tensor([y for _,y in files], dtype=torch.int64)
 
 # %% ../../nbs/training/03_data.ipynb #d2804e0a

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
-from ..core import one_of, whole_file, write_whole
+from ..core import one_of, whole_file, write_whole, watched
 from ..fuse import fuse
 from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
@@ -341,16 +341,11 @@ def train_step(self:Trainer,
     self.recent.append(loss.detach())
 
 # %% ../../nbs/training/08_train.ipynb #1b633174
-def _watched():
-    "Is there a terminal or a notebook to draw a bar in?"
-    shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
-    return sys.stderr.isatty() or hasattr(shell, 'kernel')
-
 @patch
 def _make_bar(self:Trainer):
     from tqdm.auto import tqdm
     return tqdm(total=self.config.epochs*self.steps_per_epoch, initial=self.step, unit='step', dynamic_ncols=True,
-                leave=False, smoothing=.1, disable=not (self.verbose and _watched()))
+                leave=False, smoothing=.1, disable=not (self.verbose and watched()))
 
 # %% ../../nbs/training/08_train.ipynb #b56abff1
 @patch
