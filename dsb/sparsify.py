@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
-from .structure.density import Budget, budgets
+from .structure.density import Budget, budgets, initial_budgets
 from .structure.methods import STARTS, check_setting
 from .core import markdown_table, one_of
 from .layers import SparseLayer, SparseLinear, SparseConv2d, to_autocast, passing
@@ -54,7 +54,7 @@ def _candidates(model)->dict:
 
 # %% ../nbs/03_sparsify.ipynb #25f1f8ae
 _standard = {*vars(nn.Conv2d(1,1,1,device='meta')), *vars(nn.Linear(1,1,device='meta')),
-             'weight_shape','shape','block_size','pad_first','args'}
+             'weight_shape','shape','block_size','pad_first','args','pruning'}
 _sparse_tensors = 'values','rows','group_ptr','cols','flat','checksum'      # what sparse layers call their tensors
 _tensors = {'weight','bias',*_sparse_tensors}
 
@@ -197,6 +197,7 @@ def sparsify(
     generator:torch.Generator=None, # for random starts
     init:str='keep',     # 'keep' the initial values, or scale them to the active 'fan_in'
     start:str=None,      # active places: 'cover' (default for blocks), 'magnitude' or 'random' (default for B=0)
+    initial_sparsity:float=None, # share at the start, if less; `Updater(prune_end=...)` prunes from there to `sparsity`
 )->nn.Module: # the model; a new layer if `model` itself is one
     "Replace linear and convolution layers by sparse ones with a given total density"
     _check_options(block_size, init, start)
@@ -206,17 +207,20 @@ def sparsify(
     shapes = {n:tuple(m.weight.shape) for n,m in mods.items()}
     groups = {n:getattr(m,'groups',1) for n,m in mods.items()}
     plan = budgets(shapes, sparsity, block_size, distribution, {*stay, *_kept(dense, mods, distribution)}, groups)
+    early = {} if initial_sparsity is None else initial_budgets(plan, initial_sparsity, shapes, block_size, groups)
     how = block_size, start or ('cover' if block_size else 'random'), generator, init
-    model = _swap(model, {mods[n]:_sparse_twin(mods[n], b, *how) for n,b in plan.items() if b.active<b.size})
+    sparse = {n:b for n,b in plan.items() if b.active<b.size}
+    model = _swap(model, {mods[n]:_sparse_twin(mods[n], b, *how, early.get(n)) for n,b in sparse.items()})
     unwrapped(model).dsb_reasons = {n:stay.get(n) or b.reason for n,b in plan.items() if b.active==b.size}
     return model
 
 # %% ../nbs/03_sparsify.ipynb #351de3a4
-def _sparse_twin(m, b, block_size, start, generator, init):
+def _sparse_twin(m, b, block_size, start, generator, init, first=None):
     "The sparse layer in the place of a dense one"
     groups,taps = getattr(m,'groups',1),math.prod(getattr(m,'kernel_size',()))
-    s = _start_structure(m.weight.detach().flatten(1), b, block_size, groups, start, generator, taps)
+    s = _start_structure(m.weight.detach().flatten(1), first or b, block_size, groups, start, generator, taps)
     new = _carry(m, _twins[type(m)].from_dense(m, s), weight='values', bias='bias')
+    if first: new.pruning = first,b
     if init=='fan_in': _rescale_fan_in(new)
     return new
 
