@@ -54,6 +54,10 @@ SETTINGS = dict(
                        lambda v: is_whole(v) and (v==0 or 2<=v<=256)),
     T=Setting(100, 'a whole number of steps, at least 1', lambda v: is_whole(v) and v>=1),
     T_end=Setting(75000, 'the step at which updates end, at least 1', lambda v: is_whole(v) and v>=1),
+    initial_sparsity=Setting(None, 'a number in [0, 1), less than the sparsity, or None for a constant size',
+                             lambda v: v is None or is_real(v) and 0<=v<1),
+    prune_end=Setting(None, 'the step by which pruning is done, at least 1, or None',
+                      lambda v: v is None or is_whole(v) and v>=1),
     alpha=Setting(.3, 'the first drop fraction, a number in (0, 1]', lambda v: is_real(v) and 0<v<=1),
     accumulate=Setting(0, 'a whole number of steps, at most T', lambda v: is_whole(v) and v>=0),
     part=Setting(1., 'a share of the batch in (0, 1]', lambda v: is_real(v) and 0<v<=1))
