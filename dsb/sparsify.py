@@ -197,9 +197,9 @@ def sparsify(
     generator:torch.Generator=None, # for random starts
     init:str='keep',     # 'keep' the initial values, or scale them to the active 'fan_in'
     start:str=None,      # active places: 'cover' (default for blocks), 'magnitude' or 'random' (default for B=0)
-    initial_sparsity:float=None, # share at the start, if less; `Updater(prune_end=...)` prunes from there to `sparsity`
+    initial_ratio:float=1., # weights at the start over those at the end; `Updater(prune_end=...)` prunes the rest
 )->nn.Module: # the model; a new layer if `model` itself is one
-    "Replace linear and convolution layers by sparse ones with a given total density"
+    "Replace linear and convolution layers by sparse ones with a given total density, or more than that at the start"
     _check_options(block_size, init, start)
     mods = _candidates(model)
     _check_model(model, mods)
@@ -207,7 +207,7 @@ def sparsify(
     shapes = {n:tuple(m.weight.shape) for n,m in mods.items()}
     groups = {n:getattr(m,'groups',1) for n,m in mods.items()}
     plan = budgets(shapes, sparsity, block_size, distribution, {*stay, *_kept(dense, mods, distribution)}, groups)
-    early = {} if initial_sparsity is None else initial_budgets(plan, initial_sparsity, shapes, block_size, groups)
+    early = {} if initial_ratio==1 else initial_budgets(plan, initial_ratio, shapes, block_size, groups)
     how = block_size, start or ('cover' if block_size else 'random'), generator, init
     sparse = {n:b for n,b in plan.items() if b.active<b.size}
     model = _swap(model, {mods[n]:_sparse_twin(mods[n], b, *how, early.get(n)) for n,b in sparse.items()})

@@ -143,10 +143,10 @@ def _check_pruning(layers, T, prune_end)->int:
     begins = [n for n,m in layers.items() if m.pruning]
     if prune_end is None and not begins: return None
     if prune_end is None:
-        raise ValueError(f'{begins[0]!r} begins with more weights than it is to end with (initial_sparsity of sparsify): '
+        raise ValueError(f'{begins[0]!r} begins with more weights than it is to end with (initial_ratio of sparsify): '
                          'give prune_end, the step by which it has come down; half of the steps of a run is good')
     if not begins:
-        raise ValueError(f'prune_end={prune_end}: no layer has weights to be pruned; sparsify with initial_sparsity, '
+        raise ValueError(f'prune_end={prune_end}: no layer has weights to be pruned; sparsify with initial_ratio, '
                          'or leave prune_end out')
     end = check_setting('prune_end', _as_int(prune_end))
     left_to_prune(0, T, end)   # raises if there is no update before the end
@@ -299,7 +299,7 @@ class Updater:
         part:float=1.,              # share of the batch that the dense gradient is made of, in (0, 1]
         generator:torch.Generator=None, # for random growth, on the CPU
         group=None,                 # processes that train together; None: those of a `DistributedDataParallel`
-        prune_end:int=None,         # step by which a model made with `initial_sparsity` has come down to its sparsity
+        prune_end:int=None,         # step by which a model made with `initial_ratio` has come down to its sparsity
     ):
         self.grow,self.rule = check_update(method, T, rule, grow, accumulate, part)
         drop_fraction(0, T_end, alpha, schedule)   # raises for a bad T_end, alpha or schedule

@@ -8,7 +8,7 @@ __all__ = ['DISTRIBUTIONS', 'uniform', 'er', 'erk', 'Capacity', 'capacity', 'why
 
 # %% ../../nbs/structure/03_density.ipynb #d4dee6e0
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import markdown_table, one_of
@@ -331,26 +331,26 @@ def budgets(
     return Budgets({n:budget(n, prod(s)) for n,s in shapes.items()})
 
 # %% ../../nbs/structure/03_density.ipynb #777e3555
-def _times(final, caps, target)->dict:
-    "Weights per layer, proportional to those in `final` and at most `high`, that sum to `target` if there is room"
+def _times(final, caps, ratio)->dict:
+    "Weights per layer, proportional to those in `final`, at most `high`, and `ratio` times as many in all if they fit"
     def wanted(eps): return {n:min(eps*final[n].active, c.high) for n,c in caps.items()}
     top = max(c.high/final[n].active for n,c in caps.items())
+    target = ratio*sum(final[n].active for n in caps)
     return wanted(max(1., _factor(lambda e: sum(wanted(e).values()), target, top)))
 
 # %% ../../nbs/structure/03_density.ipynb #70076762
 def initial_budgets(
-    final:Budgets,       # that the layers are pruned to
-    sparsity:float,      # share of inactive weights over all layers at the start, in [0, 1), less than in the end
+    final:Budgets,  # that the layers are pruned to
+    ratio:float,    # weights of sparse layers at the start over those at the end, at least 1; less where they do not fit
     shapes:dict, block_size:int, groups:dict=None, # as for `budgets`
-)->Budgets: # of the layers that are sparse in the end; full ones are sparse layers too
+)->Budgets: # of the layers that are sparse in the end; even full ones are sparse layers
     "What the layers begin with, in proportion to what they end with"
-    if not 0<=sparsity<1-final.density:
-        raise ValueError(f'initial_sparsity={sparsity}: expected a number from 0 to less than the sparsity at the end, '
-                         f'which is {1-final.density:.4g}')
+    if not 1<=ratio<inf: raise ValueError(f'initial_ratio={ratio}: expected a number of at least 1, the weights at '
+                                          'the start over those at the end')
     sparse,groups = {n:b for n,b in final.items() if not b.reason},groups or {}
+    if not sparse: return Budgets()
     caps = {n:capacity(shapes[n], block_size, groups.get(n,1)) for n in sparse}
-    dense = final.active-sum(b.active for b in sparse.values())
-    parts = _whole_blocks(_times(final, caps, (1-sparsity)*final.size-dense), caps)
+    parts = _whole_blocks(_times(final, caps, ratio), caps)
     return Budgets({n:_no_less(_as_budget(caps[n], *parts[n], block_size), b) for n,b in sparse.items()})
 
 # %% ../../nbs/structure/03_density.ipynb #78344b32

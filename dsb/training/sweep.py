@@ -119,7 +119,8 @@ def make_run(
     try:
         check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
-        point = {k: v for k, v in point.items() if k not in ignored(method)}
+        pruned = (values | point).get('initial_ratio', DEFAULTS['initial_ratio']) > 1
+        point = {k: v for k, v in point.items() if k not in ignored(method, pruned)}
         c = TrainConfig(**values | point)
     except ValueError as e:
         raise ValueError(f"{', '.join(_words(dict(label=label) | point, ' '))}: {e}") from None

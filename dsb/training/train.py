@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'join_group', 'leave_group', 'pick_device', 'structure_checksum', 'data_shape', 'width_of',
-           'build_model', 'Trainer', 'draw_run', 'saved_shape', 'restored']
+           'build_model', 'Trainer', 'state_bytes', 'mean_density', 'draw_run', 'saved_shape', 'restored']
 
 # %% ../../nbs/training/08_train.ipynb #ed8cae86
 import json, math, os, shutil, sys, time, zlib
@@ -23,7 +23,7 @@ from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
-from .config import RECIPES, TrainConfig, end_of_updates, lr_at
+from .config import RECIPES, TrainConfig, end_of_pruning, end_of_updates, lr_at
 from .data import dataset_info, load_data
 from .folder import (DATA_SHAPE, FORMAT, Claim, Diverged, Interrupted, Signals, holding, load_checkpoint,
                                  numbered, one_line, save_whole)
@@ -106,7 +106,8 @@ def build_model(
         model = create_model(c.model, dropout=c.dropout, width=width_of(c, shape), **shape)
     if c.method in DENSE: return model
     g, start = torch.Generator().manual_seed(c.seed), c.start or _usual_start(c)
-    return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start)
+    return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start,
+                    initial_ratio=c.initial_ratio)
 
 # %% ../../nbs/training/08_train.ipynb #f3d41db1
 class Trainer:
@@ -143,7 +144,9 @@ def _prepare(self:Trainer, data):
     d = data or self._load_data()
     self.data, self.steps_per_epoch = d, d.steps_per_epoch
     self.shape = dict(num_classes=d.num_classes, image_size=d.image_size, in_channels=d.channels)
-    self.config = replace(self.config, T_end=end_of_updates(self.config, self.steps_per_epoch))
+    ends = dict(T_end=end_of_updates(self.config, d.steps_per_epoch),
+                prune_end=end_of_pruning(self.config, d.steps_per_epoch))
+    self.config = replace(self.config, **ends)
     self._build()
     self._begin()
 
@@ -183,7 +186,19 @@ def _parallel(self:Trainer):
 def _updater(self:Trainer):
     c, g = self.config, torch.Generator().manual_seed(self.config.seed)
     return Updater(self.net, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
-                   accumulate=c.accumulate, part=c.part, generator=g)
+                   accumulate=c.accumulate, part=c.part, generator=g, prune_end=c.prune_end)
+
+# %% ../../nbs/training/08_train.ipynb #c12adafd
+def state_bytes(
+    model:nn.Module, # sparse or not
+    copies:int=3,    # tensors of a parameter's size: itself, its gradient, its momentum
+)->int: # bytes
+    "What a run keeps in memory from step to step: parameters, gradients, momentum, structures and running statistics"
+    def total(ts): return sum(t.numel()*t.element_size() for t in ts)
+    return copies*total(model.parameters()) + total(model.buffers())
+
+@patch
+def _state_mb(self:Trainer): return round(state_bytes(self.model, 3 if self.config.momentum else 2)/1e6, 3)
 
 # %% ../../nbs/training/08_train.ipynb #02301372
 @patch
@@ -193,6 +208,7 @@ def _begin(self:Trainer):
     self.epoch, self.batch, self.step, self.seconds = c.start_epoch, 0, c.start_epoch*self.steps_per_epoch, 0.
     self.history, self.best = [], dict(acc=-1., epoch=0)
     if self.upd: self.upd.load_state_dict(self.upd.state_dict() | dict(t=self.step))
+    self.first_density, self.peak_mb = summary(self.model).density, self._state_mb()   # nothing ever grows
     self.start = {n: pack_mask(l.mask()).cpu() for n, l in sparse_layers(self.model).items()}
     self.rng = self._first_random_state()
     self.signals, self.bar = None, None                # there only within `fit`
@@ -381,6 +397,8 @@ def _epoch_line(self:Trainer):
     line = f"epoch {r['epoch']:>{n}}/{self.config.epochs} lr {r['lr']:<6.2g} "
     line += f"train {r['train_loss']:.3f} {r['train_acc']:6.2%} {test}"
     if r['step_ms']: line += f"{r['step_ms']:5.0f} ms"
+    pruned = sum(u['pruned'] for u in r['updates'])
+    if pruned: line += f", {pruned} pruned"
     if r['updates']: line += f", {sum(u['net_changed'] for u in r['updates'])} moved"
     return line
 
@@ -443,6 +461,18 @@ def evaluate(self:Trainer)->tuple: # mean loss, share of correct answers
     loss, hits, n = _over_ranks(sums).tolist()
     return loss/n, hits/n
 
+# %% ../../nbs/training/08_train.ipynb #3967ea67
+def mean_density(
+    density:float, # at the end of some steps
+    size:int,      # weights of all layers
+    updates:list,  # reports of the updates on the way, as dicts
+    first:int,     # number of the first step, from 0
+    last:int,      # that after the last one
+)->float:
+    "Mean density over these steps, each with the weights that it computed with"
+    before = sum(u['pruned']*(u['step']+1-first) for u in updates)
+    return density + before/(size*(last-first))
+
 # %% ../../nbs/training/08_train.ipynb #5effbef6
 @patch
 def _epoch_row(self:Trainer, test_loss, test_acc):
@@ -450,8 +480,11 @@ def _epoch_row(self:Trainer, test_loss, test_acc):
     loss, hits, n = _over_ranks(self.sums).tolist()
     lr = lr_at(self.step-1, self.steps_per_epoch, self.config)
     step_ms = round(median(self.times), 3) if self.times else None
+    s = summary(self.model)
+    mean = mean_density(s.density, s.size, self.updates, self.step-self.batch, self.step)
     return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, test_loss=test_loss,
-                test_acc=test_acc, density=summary(self.model).density, step_ms=step_ms, updates=self.updates)
+                test_acc=test_acc, density=s.density, mean_density=mean, state_mb=self._state_mb(), step_ms=step_ms,
+                updates=self.updates)
 
 # %% ../../nbs/training/08_train.ipynb #2899588f
 @patch
@@ -486,9 +519,17 @@ def result(self:Trainer)->dict:
     c, s = self.config, summary(self.model)
     rule = rule_name(self.upd.rule) if self.upd and self.upd.grow else None
     return dict(best_acc=self.best['acc'], best_epoch=self.best['epoch'], final_acc=self.history[-1]['test_acc'],
-                method=c.method, rule=rule, density=s.density, sparsity=c.sparsity, block_size=c.block_size,
-                distribution=c.distribution, model=c.model, data_set=c.data_set, epochs=self.epoch, steps=self.step,
+                method=c.method, rule=rule, density=s.density, **self._over_time(), sparsity=c.sparsity,
+                block_size=c.block_size, distribution=c.distribution, model=c.model, data_set=c.data_set, epochs=self.epoch, steps=self.step,
                 seed=c.seed, active=s.active, structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
+
+@patch
+def _over_time(self:Trainer):
+    "Density, memory and time of a step over the run: means and peaks"
+    def mean(k): return sum(r[k] for r in self.history)/len(self.history)
+    times = [r['step_ms'] for r in self.history if r['step_ms']]
+    return dict(mean_density=mean('mean_density'), initial_density=self.first_density, peak_mb=self.peak_mb,
+                state_mb=self._state_mb(), step_ms=median(times) if times else None)
 
 # %% ../../nbs/training/08_train.ipynb #f460d0f2
 def draw_run(
