@@ -157,7 +157,10 @@ def _data_options():
         option('--data_dir', "where the data is, or is to be put; default ./data, then .", 'DIR'),
         option('--model', f"one of {', '.join(MODELS)}, or any wrn-depth-width"),
         option('--dropout', "dropout inside the blocks of a wrn (the original has 0.3)", 'P'),
-        option('--n_train', "use only N training images"),
+        option('--n_train', "use only N training images, of those that --n_val leaves"),
+        option('--n_val', "keep N training images apart for validation and choose the best epoch on them, not on the "
+               "test images; the last N, or N evenly spaced ones of tinyimagenet and imagenet, which are sorted by "
+               "class"),
         option('--n_test', "use only N test images")]
 
 # %% ../nbs/06_cli.ipynb #f6c75987
@@ -359,9 +362,11 @@ def _headline(t, kept):
 # %% ../nbs/06_cli.ipynb #0625cdf5
 def _outcome(r, out):
     "The result of a run in a line"
-    best = f"best test accuracy {r['best_acc']:.2%} (epoch {r['best_epoch']}), last {r['final_acc']:.2%}"
+    val = f"validation {r['best_val_acc']:.2%}, " if 'best_val_acc' in r else ''
+    by = 'validation' if val else 'test'
+    best = f"best epoch by {by} accuracy: {r['best_epoch']} ({val}test {r['best_acc']:.2%})"
     pictures = 'curves.png' if r['method'] in DENSE else 'curves.png and masks.png'
-    return f"{best}, {r['seconds']:.0f} s; see {out}/{pictures}"
+    return f"{best}, last test {r['final_acc']:.2%}, {r['seconds']:.0f} s; see {out}/{pictures}"
 
 # %% ../nbs/06_cli.ipynb #814de8a6
 def _train(t, keep):
@@ -403,20 +408,32 @@ def train_command(
     except KeyboardInterrupt as e: return _stopped(e, 'stopped before the first step')
 
 # %% ../nbs/06_cli.ipynb #b078c072
+def _judged_by(history):
+    "What the best epoch of a run was chosen by"
+    return 'validation' if any('val_acc' in r for r in history) else 'test'
+
+def _pair(loss, acc):
+    "Loss and accuracy in a run's table, blank where there was no evaluation"
+    return ' '*21 if acc is None else f"{loss:>11.4f}{acc:>10.2%}"
+
 def _run_row(r, best):
     "One epoch of a run's table"
-    test = ' '*21 if r['test_acc'] is None else f"{r['test_loss']:>11.4f}{r['test_acc']:>10.2%}"
+    val = _pair(r['val_loss'], r['val_acc']) if 'val_acc' in r else ''
     moved, star = sum(u['net_changed'] for u in r['updates']), ' best' if r['epoch'] == best else ''
-    return f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{test}{moved:>8}{star}"
+    return (f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{val}"
+            f"{_pair(r['test_loss'], r['test_acc'])}{moved:>8}{star}")
 
 # %% ../nbs/06_cli.ipynb #8adf2ff0
 def _run_table(head, ck):
     "The history of a run, about ten lines of it"
     h, best = ck['history'], ck['best']['epoch']
-    every = max(1, len(h)//10)
-    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{'test loss':>11}{'test acc':>10}{'moved':>8}"
+    every, by = max(1, len(h)//10), _judged_by(ck['history'])
+    val = f"{'val loss':>11}{'val acc':>10}" if by == 'validation' else ''
+    test = f"{'test loss':>11}{'test acc':>10}"
+    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{val}{test}{'moved':>8}"
     shown = [r for r in h if r['epoch'] % every == 0 or r is h[-1] or r['epoch'] == best]
-    return '\n'.join([head, '', names, *(_run_row(r, best) for r in shown), ''])
+    chosen = [f"best epoch by {by} accuracy: {best}"] if best else []
+    return '\n'.join([head, '', names, *(_run_row(r, best) for r in shown), *chosen, ''])
 
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
@@ -487,7 +504,8 @@ def export_command(
         if os.path.isdir(out): raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
         with one_line(f"{path} cannot be exported"): _export(ck, out)
     except ValueError as e: fail(e)
-    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}. To load it:")
+    chosen = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
+    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}{chosen}. To load it:")
     print(textwrap.indent(_loading(ck, out), '  '))
     return 0
 
@@ -546,8 +564,8 @@ def _sweep_parser():
     p.add_argument('--only', action='append', default=[], metavar='KEY=V[,V]', help='only runs with these values, '
                    'such as label=dsb,set or sparsity=.9; may be given several times')
     p.add_argument('--list', action='store_true', help='print the runs and how far each is, and do nothing')
-    p.add_argument('--table', action='store_true', help='print the accuracies of the runs that are done, '
-                   'mean and 95 %% interval, and do nothing')
+    p.add_argument('--table', action='store_true', help='print the test accuracies after the last epoch of the '
+                   'runs that are done, mean and 95 %% interval, and do nothing')
     p.add_argument('--against', metavar='LABEL', help='the table, and the differences against this method, '
                    'seed by seed')
     return p

@@ -149,6 +149,7 @@ class TrainConfig:
     amp:bool=False             # bfloat16 autocast
     channels_last:bool=None    # memory layout of images; None: on CPU only
     n_train:int=None           # use only this many training images
+    n_val:int=0                # keep so many training images apart, to choose the best epoch on; 0: that is the test's
     n_test:int=None            # use only this many test images
     device:str='auto'          # 'auto', 'cpu' or 'cuda'
     cuda:int=0                 # which GPU

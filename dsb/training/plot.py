@@ -168,11 +168,18 @@ def _evaluated(history):
     "The epochs of a history that ended on a test"
     return [r for r in history if r['test_acc'] is not None]
 
+def _validated(history):
+    "Had the run validation images?"
+    return any('val_acc' in r for r in history)
+
 def _plot_both(ax, history, key, scale, loc):
-    "Lines of the training and the test value of `key`, times `scale`"
-    for part, rows, color in ('train', history, SOFT), ('test', _evaluated(history), INK):
+    "Lines of the training and the test value of `key`, times `scale`, and of the validation value where there is one"
+    tested = _evaluated(history)
+    lines = [('train', history, SOFT, 'train')]
+    if _validated(history): lines.append(('val', tested, NEW, 'validation'))
+    for part, rows, color, label in [*lines, ('test', tested, INK, 'test')]:
         epochs, values = [r['epoch'] for r in rows], [scale*r[f'{part}_{key}'] for r in rows]
-        ax.plot(epochs, values, color=color, label=part, marker='.' if len(rows) < 40 else None)
+        ax.plot(epochs, values, color=color, label=label, marker='.' if len(rows) < 40 else None)
     ax.legend(fontsize=8, frameon=False, loc=loc)
 
 # %% ../../nbs/training/04_plot.ipynb #bd7bebd9
@@ -197,9 +204,11 @@ def _plot_loss(ax, history):
 def _plot_accuracy(ax, history):
     "Do training and test accuracy part?"
     _plot_both(ax, history, 'acc', 100, 'lower right')
-    best = max(_evaluated(history), key=lambda r: r['test_acc'], default=None)
+    tested = _evaluated(history)
+    key, what = ('val_acc', 'test at best validation') if _validated(history) else ('test_acc', 'best test')
+    best = max(tested, key=lambda r: r[key], default=None)
     if best: ax.plot(best['epoch'], 100*best['test_acc'], 'o', color=NEW, ms=5)
-    found = f"best test {best['test_acc']:.2%}" if best else 'not tested yet'
+    found = f"{what} {best['test_acc']:.2%}" if best else 'not tested yet'
     plain_axes(ax, f'accuracy, %; {found}', 'epoch')
 
 # %% ../../nbs/training/04_plot.ipynb #4dfe4ebd

@@ -142,7 +142,7 @@ def _same_folder(self:Trainer):
 def _prepare(self:Trainer, data):
     "Data, model, optimizer, updater, counters"
     d = data or self._load_data()
-    self.data, self.steps_per_epoch = d, d.steps_per_epoch
+    self.data, self.steps_per_epoch, self.n_val = d, d.steps_per_epoch, getattr(d, 'n_val', 0)
     self.shape = dict(num_classes=d.num_classes, image_size=d.image_size, in_channels=d.channels)
     ends = dict(T_end=end_of_updates(self.config, d.steps_per_epoch),
                 prune_end=end_of_pruning(self.config, d.steps_per_epoch))
@@ -158,9 +158,15 @@ def _load_data(self:Trainer):
     if self.rank: dist.barrier()  # the first process downloads and fills the cache
     data = load_data(c.data_set, c.data_dir, batch_size=c.batch_size, seed=c.seed,
                      channels=data_shape(c)['in_channels'], device=self.device, rank=self.rank, world_size=self.world,
-                     workers=workers, n_train=c.n_train, n_test=c.n_test)
+                     workers=workers, n_train=c.n_train, n_val=c.n_val, n_test=c.n_test)
     if self.world > 1 and self.rank == 0: dist.barrier()
     return data
+
+# %% ../../nbs/training/08_train.ipynb #14e6d3de
+@patch(as_prop=True)
+def judge(self:Trainer)->str:
+    "What the best epoch is chosen by: 'val' or 'test'"
+    return 'val' if self.n_val else 'test'
 
 # %% ../../nbs/training/08_train.ipynb #0e4caf11
 @patch
@@ -188,7 +194,7 @@ def _updater(self:Trainer):
     return Updater(self.net, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
                    accumulate=c.accumulate, part=c.part, generator=g, prune_end=c.prune_end)
 
-# %% ../../nbs/training/08_train.ipynb #c12adafd
+# %% ../../nbs/training/08_train.ipynb #8671bda5
 def state_bytes(
     model:nn.Module, # sparse or not
     copies:int=3,    # tensors of a parameter's size: itself, its gradient, its momentum
@@ -243,7 +249,8 @@ def __repr__(self:Trainer): return f"{self.config.title}; {self.epoch} of {self.
 
 # %% ../../nbs/training/08_train.ipynb #0ae67fdb
 @patch
-def _info(self:Trainer): return dict(self.shape, steps_per_epoch=self.steps_per_epoch, world=self.world)
+def _info(self:Trainer):
+    return dict(self.shape, steps_per_epoch=self.steps_per_epoch, world=self.world, n_val=self.n_val)
 
 @patch
 def _all_random_states(self:Trainer):
@@ -273,7 +280,7 @@ def load_state(self:Trainer,
 ):
     "Put the run where `state` found it"
     info = self._info()
-    for k, v in ck['info'].items():
+    for k, v in ({'n_val': 0} | ck['info']).items():
         if info[k] != v: raise ValueError(f"the checkpoint's run had {k}={v}, this one has {info[k]}: "
                                           "use the same data and number of processes")
     self.model.load_state_dict(ck['model'])
@@ -393,9 +400,10 @@ def _epoch_line(self:Trainer):
     "What an epoch brought"
     r, n = self.history[-1], len(str(self.config.epochs))
     star = '*' if self.best['epoch'] == r['epoch'] else ' '
-    test = ' '*18 if r['test_acc'] is None else f"test {r['test_loss']:.3f} {r['test_acc']:6.2%}{star}"
+    part, loss, acc = ('val ' if self.n_val else 'test'), *(r[f'{self.judge}_{k}'] for k in ('loss', 'acc'))
+    judged = ' '*18 if acc is None else f"{part} {loss:.3f} {acc:6.2%}{star}"
     line = f"epoch {r['epoch']:>{n}}/{self.config.epochs} lr {r['lr']:<6.2g} "
-    line += f"train {r['train_loss']:.3f} {r['train_acc']:6.2%} {test}"
+    line += f"train {r['train_loss']:.3f} {r['train_acc']:6.2%} {judged}"
     if r['step_ms']: line += f"{r['step_ms']:5.0f} ms"
     pruned = sum(u['pruned'] for u in r['updates'])
     if pruned: line += f", {pruned} pruned"
@@ -447,21 +455,38 @@ def train_epoch(self:Trainer):
 
 # %% ../../nbs/training/08_train.ipynb #2d81737d
 @patch
-def evaluate(self:Trainer)->tuple: # mean loss, share of correct answers
-    "How the model does on the test images"
+def evaluate(self:Trainer,
+    part:str='test', # or 'val'
+)->tuple: # mean loss, share of correct answers
+    "How the model does on the test images, or on the validation images"
+    one_of(part, ('test', 'val') if self.n_val else ('test',), 'part')
+    batches = getattr(self.data, f'{part}_batches')
     if self.world > 1:
         for b in self.model.buffers(): dist.broadcast(b, 0)
     self.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=self.device)
     with torch.no_grad():
-        for x, y in self.data.test_batches():
+        for x, y in batches():
             loss, hits = self.forward(self.model, x, y)
             sums += _summed(loss, hits, len(y))
             if self.world == 1 and self._signal(): self._stop(self._signal())
     loss, hits, n = _over_ranks(sums).tolist()
     return loss/n, hits/n
 
-# %% ../../nbs/training/08_train.ipynb #3967ea67
+# %% ../../nbs/training/08_train.ipynb #299039e7
+@patch
+def _evaluations(self:Trainer, due):
+    "The losses and accuracies of an epoch, each None where none are due"
+    found = {}
+    for part in dict.fromkeys([self.judge, 'test']):
+        loss, acc = self.evaluate(part) if due else (None, None)
+        if due and not math.isfinite(loss):
+            what = 'validation' if part == 'val' else part
+            raise self._diverged(f"the {what} loss is not finite after epoch {self.epoch+1}")
+        found |= {f'{part}_loss': loss, f'{part}_acc': acc}
+    return found
+
+# %% ../../nbs/training/08_train.ipynb #317ed97c
 def mean_density(
     density:float, # at the end of some steps
     size:int,      # weights of all layers
@@ -475,15 +500,15 @@ def mean_density(
 
 # %% ../../nbs/training/08_train.ipynb #5effbef6
 @patch
-def _epoch_row(self:Trainer, test_loss, test_acc):
+def _epoch_row(self:Trainer, evaluations):
     "The line of the epoch that has just ended"
     loss, hits, n = _over_ranks(self.sums).tolist()
     lr = lr_at(self.step-1, self.steps_per_epoch, self.config)
     step_ms = round(median(self.times), 3) if self.times else None
     s = summary(self.model)
     mean = mean_density(s.density, s.size, self.updates, self.step-self.batch, self.step)
-    return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, test_loss=test_loss,
-                test_acc=test_acc, density=s.density, mean_density=mean, state_mb=self._state_mb(), step_ms=step_ms,
+    return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, **evaluations,
+                density=s.density, mean_density=mean, state_mb=self._state_mb(), step_ms=step_ms,
                 updates=self.updates)
 
 # %% ../../nbs/training/08_train.ipynb #2899588f
@@ -501,27 +526,34 @@ def close_epoch(self:Trainer):
     "Evaluate if it is time, write the epoch's line into the history, save"
     self._same_structure()
     due = (self.epoch+1) % self.config.eval_every == 0 or self.epoch+1 == self.config.epochs
-    test_loss, test_acc = self.evaluate() if due else (None, None)
-    if due and not math.isfinite(test_loss):
-        raise self._diverged(f"the test loss is not finite after epoch {self.epoch+1}")
-    self.history.append(self._epoch_row(test_loss, test_acc))
+    evaluations = self._evaluations(due)
+    self.history.append(self._epoch_row(evaluations))
     self.epoch, self.batch = self.epoch+1, 0
     self._new_epoch()
-    better = due and test_acc > self.best['acc']
-    if better: self.best = dict(acc=test_acc, epoch=self.epoch)
+    acc = evaluations[f'{self.judge}_acc']
+    better = due and acc > self.best['acc']
+    if better: self.best = dict(acc=acc, epoch=self.epoch)
     self.save(better)
     if self.verbose: self._tell(self._epoch_line())
 
 # %% ../../nbs/training/08_train.ipynb #7c9adc6a
 @patch
+def _best(self:Trainer):
+    "The best epoch so far, its test accuracy, and what it was chosen by if that is another"
+    acc, epoch = self.best['acc'], self.best['epoch']
+    if not self.n_val: return dict(best_acc=acc, best_epoch=epoch)
+    tested = [r['test_acc'] for r in self.history if r['epoch'] == epoch]
+    return dict(best_acc=tested[0] if tested else -1., best_epoch=epoch, best_val_acc=acc)
+
+@patch
 def result(self:Trainer)->dict:
     "The run in a few numbers"
     c, s = self.config, summary(self.model)
     rule = rule_name(self.upd.rule) if self.upd and self.upd.grow else None
-    return dict(best_acc=self.best['acc'], best_epoch=self.best['epoch'], final_acc=self.history[-1]['test_acc'],
-                method=c.method, rule=rule, density=s.density, **self._over_time(), sparsity=c.sparsity,
-                block_size=c.block_size, distribution=c.distribution, model=c.model, data_set=c.data_set, epochs=self.epoch, steps=self.step,
-                seed=c.seed, active=s.active, structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
+    return dict(self._best(), final_acc=self.history[-1]['test_acc'], method=c.method, rule=rule, density=s.density,
+                **self._over_time(), sparsity=c.sparsity, block_size=c.block_size, distribution=c.distribution, model=c.model,
+                data_set=c.data_set, epochs=self.epoch, steps=self.step, seed=c.seed, active=s.active,
+                structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
 
 @patch
 def _over_time(self:Trainer):
