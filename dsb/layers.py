@@ -294,7 +294,7 @@ def set_structure(self:SparseLayer,
     for k,v in structure.state().items(): getattr(self,k).copy_(v)
     self.checksum.copy_(structure.checksum())
     self.values.copy_(values)
-    self.left_behind = None
+    self._is_current()
 
 # %% ../nbs/02_layers.ipynb #73a521fb
 @patch
@@ -307,6 +307,12 @@ def _make_room(self:SparseLayer,
         own = getattr(self,k)
         if own.shape!=v.shape: self._buffers[k] = own.new_empty(v.shape)
     if self.values.shape!=shape: resize(self.values, shape)
+
+# %% ../nbs/02_layers.ipynb #ec39f687
+@patch
+def _is_current(self:SparseLayer):
+    "Values and structure are of one moment"
+    if self.left_behind is not None: self.left_behind = None
 
 # %% ../nbs/02_layers.ipynb #eec5aca6
 @patch
@@ -327,7 +333,7 @@ def _load_from_state_dict(self:SparseLayer, sd, prefix, local_metadata, strict, 
     if new: self._make_room({k:new[k] for k in new if k!='checksum'}, mine.get('values', self.values).shape)
     sd = {**sd, **{prefix+k:v for k,v in new.items()}}
     nn.Module._load_from_state_dict(self, sd, prefix, local_metadata, strict, missing, unexpected, errors)
-    if new: self.left_behind = None
+    if new: self._is_current()
 
 # %% ../nbs/02_layers.ipynb #b8fde4c9
 _from_dense_model = ('holds a dense weight: load it into the dense model and sparsify that '

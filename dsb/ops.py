@@ -367,7 +367,7 @@ def outline(
     O:int, K:int, # rows and columns of the weight
 )->SimpleNamespace: # `shape`, `values_shape`, `cols`
     "As much of a structure as can be told without reading its tensors"
-    return SimpleNamespace(shape=(O,K), values_shape=(len(cols),B), cols=cols)
+    return SimpleNamespace(shape=(O,K), values_shape=(cols.shape[0],B), cols=cols)
 
 @_linear.register_fake
 def _(x, values, bias, rows, group_ptr, cols, checksum, B, O, K, key, backend):

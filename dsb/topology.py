@@ -6,7 +6,7 @@
 __all__ = ['Move', 'rule_name', 'check_update', 'pack_mask', 'unpack_mask', 'Updater', 'LayerReport', 'Report']
 
 # %% ../nbs/04_topology.ipynb #72e304c2
-import gc, math, warnings, weakref
+import gc, math, sys, warnings, weakref
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -537,7 +537,8 @@ def _rebuild(ddp):
     "Let a `DistributedDataParallel` look at the sizes of its parameters anew"
     hooks,ddp._comm_hooks = ddp._comm_hooks,[]
     ddp.__dict__.pop('reducer')                       # the old one lets go of the parameters
-    ddp.__setstate__({k:v for k,v in vars(ddp).items() if k!='logger'})
+    first = dict(_static_graph_delay_allreduce_enqueued=False)             # the next step is the first one again
+    ddp.__setstate__({k:v for k,v in vars(ddp).items() if k!='logger'} | first)
     for f,state in hooks: ddp.register_comm_hook(state, f)
 
 # %% ../nbs/04_topology.ipynb #3fd5f234
@@ -582,15 +583,24 @@ def _update(self:Updater):
     f,trained = drop_fraction(self.t, self.T_end, self.alpha, self.schedule),_held(self.stepping)
     self.updates += 1
     report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
-    if report.total('pruned'): self._tell_wrappers()
+    if report.total('pruned'): self._tell_of_sizes()
     if self.group is not None: self._agree()
     return report
 
 @patch
-def _tell_wrappers(self:Updater):
-    "Sizes have changed: whoever brings gradients together must know"
+def _tell_of_sizes(self:Updater):
+    "Parameters have other sizes: tell those who took them for constant"
+    if 'torch._dynamo' in sys.modules: _varies(self.layers.values())
     if not (dist.is_available() and dist.is_initialized()): return
     for o in _wrappers(self.layers): _rebuild(o)
+
+# %% ../nbs/04_topology.ipynb #102fd78f
+def _varies(layers):
+    "Let `torch.compile` take the sizes of these layers for variable"
+    torch._dynamo.config.force_parameter_static_shapes = False
+    for m in layers:
+        changing = (m.values, m.cols if m.block_size else m.flat) if m.pruning else ()
+        for t in changing: torch._dynamo.maybe_mark_dynamic(t, 0)
 
 # %% ../nbs/04_topology.ipynb #4206ac47
 @patch
