@@ -8,7 +8,7 @@ __all__ = ['DISTRIBUTIONS', 'uniform', 'er', 'erk', 'Capacity', 'capacity', 'why
 
 # %% ../../nbs/structure/03_density.ipynb #d4dee6e0
 from dataclasses import dataclass
-from math import ceil, inf, prod
+from math import inf, prod
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import markdown_table, one_of
@@ -370,7 +370,7 @@ def between(
     cap:Capacity,              # of the layer
 )->Budget: # `last` where nothing is left
     "What a layer should have on the way"
-    def way(a, b): return b+ceil((a-b)*left)
+    def way(a, b): return b+round((a-b)*left)
     if not last.n_blocks: return _as_budget(cap, way(first.active, last.active), 0, 0)
     full = way(*(b.n_blocks-b.n_short*cap.short for b in (first,last)))
     return _as_budget(cap, full, way(first.n_short, last.n_short), 1)
