@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .structure.blocks import Structure
 from .structure.methods import GROWS, METHODS, SPARSE, check_setting
 from .structure.density import between, capacity
-from .structure.rules import DEFAULT_RULE, RULES, Change, Collector, Weights, entries, pruned
+from .structure.rules import DEFAULT_RULE, RULES, Change, Collector, Weights, entries, mean_square, pruned
 from .core import markdown_table, one_of
 from .structure.schedule import drop_fraction, is_update, left_to_prune
 from .sparsify import sparse_layers
@@ -319,9 +319,14 @@ def _begin(self:Updater):
     "Step 0: nothing has happened yet"
     self.t,self.pending,self.updates,self.uses,self.idle,self.retired = 0,False,0,{},0,False
     self.ever = {n:pack_mask(m.structure.mask()) for n,m in self.layers.items()}
+    self.before = {n:mean_square(_weights(m)) for n,m in self.layers.items() if m.pruning and m.block_size}
     self._take_over()
     self._watch_steps()
     self._arm()
+
+def _weights(m)->Weights:
+    "What a layer has, without a gradient"
+    return Weights(m.structure, m.values.detach())
 
 # %% ../nbs/04_topology.ipynb #2a9e6037
 @patch
@@ -507,10 +512,20 @@ def _apply(self:Updater, name, m, c, line):
 @patch
 def _carry(self:Updater, name, m, new, move):
     "Bring a layer and those that follow it to a new structure"
+    if name in self.before: self.before[name] = _by_column(move, self.before[name], m.block_size)
     followers = [o[name] for o in self.followers]
     for o in followers: _relay(o, new, move)
     _relay(m, new, move, self.levels)
     m.leave_behind(followers)
+
+# %% ../nbs/04_topology.ipynb #505c6a68
+def _by_column(
+    move:Move,
+    t:Tensor, # (n_blocks·B,) not negative, a number for each column
+    B:int,    # block size
+)->Tensor: # in the new layout, 0 where a column is new
+    "Numbers of columns in the order of the new structure"
+    return move(t[:,None].expand(-1, B)).amax(1)
 
 # %% ../nbs/04_topology.ipynb #2da29750
 @patch
@@ -526,7 +541,7 @@ def _prune(self:Updater, name, m)->int: # weights that are gone
     if self.prune_end is None or not m.pruning or not m.values.requires_grad: return 0
     s,b = m.structure,self._pruned_to(m)
     if b.active>=s.nnz: return 0
-    new = pruned(Weights(s, m.values.detach()), b)
+    new = pruned(_weights(m), b, self.before.get(name, 0.))
     move = Move(s, new)
     if m.collect is not None and m.collect.active is not None: m.collect.narrow(new, move)
     self._carry(name, m, new, move)
@@ -721,7 +736,8 @@ def state_dict(self:Updater)->dict:
     counts = dict(t=self.t, pending=self.pending, updates=self.updates, uses=dict(self.uses))
     collectors = {n:m.collect for n,m in self.layers.items() if m.collect}
     sums = {n:[c.total,c.total_compact] for n,c in collectors.items() if c.total is not None}
-    return dict(settings=settings, **counts, ever=dict(self.ever), sums=sums, generator=self.generator.get_state())
+    tables = dict(ever=dict(self.ever), before=dict(self.before), sums=sums)
+    return dict(settings=settings, **counts, **tables, generator=self.generator.get_state())
 
 # %% ../nbs/04_topology.ipynb #4e983aab
 def _fits(ok, what):
@@ -750,6 +766,9 @@ def _check_saved_layers(self:Updater, sd):
     for n,b in self.ever.items():
         alike = isinstance(ever[n], Tensor) and ever[n].shape==b.shape and ever[n].dtype==b.dtype
         _fits(alike, f'another size of layer {n!r}')
+    columns = {n:(len(self.layers[n].cols),) for n in self.before}
+    alike = sd['before'].keys()==columns.keys() and all(sd['before'][n].shape==z for n,z in columns.items())
+    _fits(alike, 'its layers have other columns; load the model first')
     sizes = {n:(m.shape,tuple(m.values.shape)) for n,m in self.layers.items()}
     for n,parts in sums.items():
         alike = n in sizes and len(parts)==2 and all(o is None or tuple(o.shape)==z for o,z in zip(parts, sizes[n]))
@@ -774,6 +793,7 @@ def load_state_dict(self:Updater,
     self._check_saved(sd)
     self.t,self.pending,self.updates,self.uses = sd['t'],sd['pending'],sd['updates'],dict(sd['uses'])
     self.ever = {n:b.to(self.ever[n].device).clone() for n,b in sd['ever'].items()}
+    self.before = {n:t.to(self.before[n].device).clone() for n,t in sd['before'].items()}
     self.generator.set_state(sd['generator'].cpu())
     for m in self.layers.values(): m.collect = None
     self._arm()

@@ -384,16 +384,17 @@ def root_mean_square(
 
 # %% ../../nbs/structure/06_rules.ipynb #2d04fb9e
 def pruned(
-    w:Weights, # of a layer
-    b:Budget,  # what may remain, no more than there is
+    w:Weights,         # of a layer
+    b:Budget,          # what may remain, no more than there is
+    before:Tensor=0.,  # (n_blocks·B,) mean square of each column when it came; 0 judges by the norm
 )->Structure: # with places of the present one
-    "The structure of the largest entries, or of the columns of largest norm"
+    "The structure of the largest entries, or of the columns whose mean square has grown most"
     s = w.structure
     if not s.block_size:
         stay = ~plan_drops(w.values, s, s.nnz-b.active).view(-1)
         return Unstructured(s.flat[stay], s.shape, check=False)
-    worth = torch.full((s.n_groups*s.shape[1],), -1., device=s.cols.device)
-    worth = worth.index_copy_(0, _places(s), mean_square(w)).view(s.n_groups, -1)
+    worth = torch.full((s.n_groups*s.shape[1],), -torch.inf, device=s.cols.device)
+    worth = worth.index_copy_(0, _places(s), mean_square(w)-before).view(s.n_groups, -1)
     return cut_blocks(worth, s.rows, b.n_blocks, s.block_size, s.shape, b.n_short)
 
 # %% ../../nbs/structure/06_rules.ipynb #7eb8ee4d
