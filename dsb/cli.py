@@ -186,8 +186,8 @@ def _update_options():
         option('--T', "steps between two updates of the structure"),
         option('--T_end', f"step at which updates end; default: {SETTINGS['T_end'].default} or three quarters of "
                "the run, whichever comes first"),
-        option('--initial_ratio', "weights at the start over those at the end: 3 begins with three times the weights, never "
-               "more than there are, and prunes those of least norm at updates; 1: constant", 'R'),
+        option('--initial_ratio', "weights at the start over those at the end: 3 begins with three times the "
+               "weights, never more than there are, and prunes the least at updates; 1: constant", 'R'),
         option('--prune_end', "step by which that is done; default: half of the run"),
         option('--alpha', "share of the active weights to drop at the first update; falls to 0 along a cosine"),
         option('--rule', "of dsb: cover (default), columns, saliency, swap or paper, the published one"),

@@ -396,7 +396,8 @@ def _restored_structure(layer, tensors)->Structure:
 def _check_belongs(self:SparseLayer, sd, new, s):
     "Raise unless values, places and checksum of a file belong together; places may come alone if they change nothing"
     if 'values' in sd and sd['values'].shape!=s.values_shape:
-        raise ValueError(f'values of shape {tuple(sd["values"].shape)}: expected {tuple(s.values_shape)} for these places')
+        got = tuple(sd['values'].shape)
+        raise ValueError(f'values of shape {got}: expected {tuple(s.values_shape)} for these places')
     own = s.checksum()
     if 'checksum' in sd and not torch.equal(sd['checksum'].to(own.device)!=0, own):
         raise ValueError('its structure does not have its checksum: it was edited, or averaged with another one')

@@ -341,7 +341,7 @@ def _times(final, caps, ratio)->dict:
 # %% ../../nbs/structure/03_density.ipynb #70076762
 def initial_budgets(
     final:Budgets,  # that the layers are pruned to
-    ratio:float,    # weights of sparse layers at the start over those at the end, at least 1; less where they do not fit
+    ratio:float,    # weights of sparse layers at the start over those at the end, at least 1; less if they do not fit
     shapes:dict, block_size:int, groups:dict=None, # as for `budgets`
 )->Budgets: # of the layers that are sparse in the end; even full ones are sparse layers
     "What the layers begin with, in proportion to what they end with"

@@ -188,7 +188,7 @@ def _check_update(self:TrainConfig):
         raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; "
                          "use random or magnitude")
     if self.prune_end and self.initial_ratio == 1:
-        raise ValueError(f"prune_end={self.prune_end} with initial_ratio=1: nothing is pruned, leave one of the two out")
+        raise ValueError(f"prune_end={self.prune_end} with initial_ratio=1: nothing is pruned, leave one out")
     from dsb.topology import check_update
     check_update(self.method, self.T, self.rule, self.grow, self.accumulate, self.part)
 

@@ -551,7 +551,8 @@ def result(self:Trainer)->dict:
     c, s = self.config, summary(self.model)
     rule = rule_name(self.upd.rule) if self.upd and self.upd.grow else None
     return dict(self._best(), final_acc=self.history[-1]['test_acc'], method=c.method, rule=rule, density=s.density,
-                **self._over_time(), sparsity=c.sparsity, block_size=c.block_size, distribution=c.distribution, model=c.model,
+                **self._over_time(), sparsity=c.sparsity, block_size=c.block_size,
+                distribution=c.distribution, model=c.model,
                 data_set=c.data_set, epochs=self.epoch, steps=self.step, seed=c.seed, active=s.active,
                 structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
 
