@@ -208,7 +208,8 @@ def sparsify(
     plan = budgets(shapes, sparsity, block_size, distribution, {*stay, *_kept(dense, mods, distribution)}, groups)
     how = block_size, start or ('cover' if block_size else 'random'), generator, init
     model = _swap(model, {mods[n]:_sparse_twin(mods[n], b, *how) for n,b in plan.items() if b.active<b.size})
-    unwrapped(model).dsb_reasons = {n:stay.get(n) or b.reason for n,b in plan.items() if b.active==b.size}
+    reasons = {n:stay.get(n) or b.reason for n,b in plan.items() if b.active==b.size}
+    vars(unwrapped(model))['dsb_reasons'] = reasons     # a note, which need not undo what `fuse` has done
     return model
 
 # %% ../nbs/03_sparsify.ipynb #351de3a4
