@@ -19,7 +19,7 @@ from .structure.density import Budget, budgets
 from .structure.methods import STARTS, check_setting
 from .core import markdown_table, one_of
 from .layers import SparseLayer, SparseLinear, SparseConv2d, to_autocast, passing
-from .ops import backend_module, why_not
+from .ops import backend_module, sometimes_dense, why_not
 
 # %% ../nbs/03_sparsify.ipynb #d0dca3a4
 _wrappers = nn.DataParallel,nn.parallel.DistributedDataParallel
@@ -260,7 +260,9 @@ def _summary_row(name, m, reasons)->Row:
     if not m.block_size:
         why = 'computed through the dense weight'
         return Row(name, m.weight_shape, s.nnz, size, 'single entries', note=why, numbers=numbers)
-    who,why = why_not(to_autocast(m.values[:0])[0], s, getattr(m,'args',None))
+    like,a = to_autocast(m.values[:0])[0],getattr(m,'args',None)
+    who,why = why_not(like, s, a)
+    if sometimes_dense(like, s, a): why += '; '*bool(why) + 'for some inputs through the dense weight: measured faster'
     return Row(name, m.weight_shape, s.nnz, size, f'blocks of {m.block_size}', s.n_blocks, who, why, numbers)
 
 # %% ../nbs/03_sparsify.ipynb #6d5c5c10

@@ -169,3 +169,20 @@ def test_speed_up_on_a_gpu():
     moved = resnet(.9, True).cuda().eval()
     x = torch.randn(2, 3, 64, 64, device='cuda')
     assert torch.allclose(moved(x), model.eval()(x), atol=1e-3)
+
+@pytest.mark.parametrize('half', [False, True])
+def test_speed_up_with_a_batch(half, capsys):
+    "Whatever wins when it is measured for real, outputs and statistics stay, and nothing is measured twice"
+    import torch
+    from unittest import mock
+    import dsb.training.tune as tune
+    x = torch.randn(3, 3, 32, 32)
+    model, plain = resnet(.8, True), resnet(.8, True)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        assert tune.speed_up(model, x) is model and model.training
+        assert capsys.readouterr().err.startswith('dsb: measured ')
+        before = [b.clone() for b in model.buffers()]
+        assert all(torch.equal(a, b) for a, b in zip(before, plain.buffers()))
+        with mock.patch.object(tune, '_step_of', side_effect=AssertionError('measured again')): tune.speed_up(model, x)
+        with torch.no_grad(): a, b = model.eval()(x).float(), plain.eval()(x).float()
+    assert (a - b).norm() <= (.05 if half else 1e-4)*b.norm()
