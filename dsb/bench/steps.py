@@ -370,6 +370,18 @@ def step_table(
     lines = [head, *early, *(_dense_line(r, m) for m in r['dense']), *(_sparse_line(r, s) for s in r['sparse'])]
     return text_table([[t for t, title in zip(line, head) if title != 'any' or 'any_ms' in r] for line in lines])
 
+# %% ../../nbs/bench/03_steps.ipynb #b797150d
+def _across(records):
+    "Lines about networks that were measured in several kinds of numbers"
+    plain = {r['model']: r['sparse'] for r in records if r.get('numbers') == 'float32'}
+    for m, r in {r['model']: r for r in records if 'any_ms' in r}.items():
+        yield f"{m}: fastest dense of all: {r['any_dense']}, {r['any_ms']:.1f} ms"
+    for r in records:
+        if r.get('numbers', 'float32') == 'float32' or r['model'] not in plain: continue
+        gains = [f"{s['distribution']} {s['density']:g}{' nchw'*(s['format'] == 'nchw')} {as_ratio(f['ms']/s['ms'])}"
+                 for s, f in zip(r['sparse'], plain[r['model']])]
+        yield f"{r['model']}: sparse in {r['numbers']} against sparse in float32: {', '.join(gains)}"
+
 # %% ../../nbs/bench/03_steps.ipynb #73b6108f
 def steps_table(
     records:list, # of networks
@@ -379,9 +391,7 @@ def steps_table(
     words = ('ratio: best dense time' + ' of the same numbers'*several + ' over this; '
              + 'any: best dense time of any numbers over this; '*several + 'bound: the ratio if only convolutions got '
              'faster,\nby their share of the work; faults: page faults of a step; %: of the step, by kind of work')
-    best = {r['model']: f"{r['model']}: fastest dense of all: {r['any_dense']}, {r['any_ms']:.1f} ms"
-            for r in records if 'any_ms' in r}
-    return '\n\n'.join([*map(step_table, records), *['\n'.join(best.values())]*several, words])
+    return '\n\n'.join([*map(step_table, records), *['\n'.join(_across(records))]*several, words])
 
 # %% ../../nbs/bench/03_steps.ipynb #df8b0e64
 def plot_steps(
