@@ -341,10 +341,20 @@ def _ready(given, recipe):
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 # %% ../nbs/06_cli.ipynb #9f12a7be
-def _slow(t):
-    "A sentence about layers that only the reference can compute, or nothing"
+def _as_run(t):
+    "The summary of a run's model as its steps compute it"
+    import torch
     from dsb.sparsify import summary
-    why = [r.note for r in summary(t.model).rows if r.computed=='reference']
+    with torch.autocast(t.device.type, torch.bfloat16, enabled=t.config.amp): return summary(t.model)
+
+def _slow(s):
+    "A sentence about layers that only the reference can compute, or nothing; what it says need not be warned of again"
+    import warnings
+    from dsb.ops import warn_slow
+    why = [r.note for r in s.rows if r.computed=='reference']
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for o in {*why} - {''}: warn_slow(o)
     if not why: return ''
     return f"\nslow: {len(why)} layers are computed by plain torch, several times slower ({why[0]}); see dsb show"
 
@@ -357,7 +367,8 @@ def _headline(t, kept):
     if kept: where += ', freed memory kept'
     if t.world > 1: where += f" in each of {t.world} processes"
     what = f"epochs {t.epoch+1} to {t.config.epochs} of {t.steps_per_epoch} steps"
-    return f"{t.config.title}\n{what}, {where}, in {t.out}{_slow(t)}"
+    s = _as_run(t)
+    return f"{t.config.title}\n{what}, {where}, in {t.out}\n{s.computed()}{_slow(s)}"
 
 # %% ../nbs/06_cli.ipynb #0625cdf5
 def _outcome(r, out):
@@ -438,13 +449,15 @@ def _run_table(head, ck):
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
     "What is to be said of a run; its pictures are drawn on the way"
+    import torch
     from dsb.sparsify import summary
     from dsb.training.train import draw_run, restored
     c, model = TrainConfig(**ck['config']), restored(ck)
     try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
     except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
     head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
-    return '\n'.join([_run_table(head, ck), str(summary(model)), drawn])
+    with torch.autocast('cpu', torch.bfloat16, enabled=c.amp): layers = summary(model)
+    return '\n'.join([_run_table(head, ck), str(layers), drawn])
 
 # %% ../nbs/06_cli.ipynb #ecf975a1
 def _run_parser(name, about):

@@ -561,3 +561,25 @@ def test_current_folder_cannot_be_written(tmp_path):
     assert r.returncode == 2 and b'cannot write to --out runs/digits' in r.stderr and r.stderr.count(b'\n') == 1
     r = dsb('train', *QUICK, '--out', tmp_path/'r', cwd=where)
     assert r.returncode == 0, r.stderr
+
+def head_of(capfd, tmp_path, *options):
+    "The headline of a small run without its title, and what stood on stderr"
+    out = tmp_path/'run'
+    assert main([str(o) for o in ('train', *QUICK, '--out', out, *options)]) == 0
+    printed, err = capfd.readouterr()
+    return printed.splitlines()[1:printed.splitlines().index(next(l for l in printed.splitlines() if l.startswith('epoch ')))], err
+
+@pytest.mark.parametrize('options, numbers', [((), 'float32'), (('--amp',), 'bfloat16 by autocast')])
+def test_headline_says_numbers_and_kernels(options, numbers, capfd, tmp_path):
+    "Under --amp too, where `slow` stands if and only if plain torch computes; `dsb show` agrees"
+    lines, err = head_of(capfd, tmp_path, '--block_size', '16', *options)
+    assert lines[1].startswith(f'Computed in {numbers}: ') and 'plain torch' not in err
+    assert ('plain torch, slow' in lines[1]) == any(l.startswith('slow: ') for l in lines)
+    assert main(['show', str(tmp_path/'run')]) == 0
+    assert lines[1] in capfd.readouterr().out
+
+def test_headline_says_what_is_slow(capfd, tmp_path):
+    "A size without kernels is said in the headline, and not warned of again"
+    lines, err = head_of(capfd, tmp_path, '--block_size', '4')
+    assert 'plain torch, slow (the cpu kernels take blocks of' in lines[1] and lines[2].startswith('slow: ')
+    assert 'plain torch' not in err
