@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
-from .kernels.reference import fits
-from .ops import allowed, conv_args, outline, less_wanted, operator, recall, reveal, structure_of
+from .kernels.reference import fits, mixed
+from .kernels.vectors import number_of
+from .ops import allowed, compact_wanted, conv_args, outline, operator, recall, reveal, structure_of
 from .structure.methods import FAST_BLOCKS
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
@@ -24,8 +25,10 @@ def _norm(x:Tensor, weight:Tensor|None, bias:Tensor|None, residual:Tensor|None, 
     return kernels.norm(x, stats, residual, relu),stats
 
 # %% ../nbs/05_fuse.ipynb #b23853ff
+def _each(x, n): return x.new_empty((n,x.shape[1]), dtype=torch.float32)   # n numbers for each channel
+
 @_norm.register_fake
-def _(x, weight, bias, residual, mean, var, eps, relu): return torch.empty_like(x),x.new_empty(4, x.shape[1])
+def _(x, weight, bias, residual, mean, var, eps, relu): return torch.empty_like(x),_each(x, 4)
 
 # %% ../nbs/05_fuse.ipynb #c8120073
 @operator('dsb::norm_backward')
@@ -39,7 +42,7 @@ def _norm_backward(dy:Tensor, x:Tensor, y:Tensor|None, stats:Tensor, eps:float, 
 # %% ../nbs/05_fuse.ipynb #2c8513af
 @_norm_backward.register_fake
 def _(dy, x, y, stats, eps, relu, batch, need_x, need_r):
-    return *(torch.empty_like(x) if o else x.new_empty(0) for o in (need_x,need_r)),x.new_empty(2, x.shape[1])
+    return *(torch.empty_like(x) if o else x.new_empty(0) for o in (need_x,need_r)),_each(x, 2)
 
 # %% ../nbs/05_fuse.ipynb #6a53a137
 def _keep_norm(ctx, inputs, output):
@@ -71,24 +74,26 @@ def _is_just(m, kind)->bool:
         or m._backward_pre_hooks or 'forward' in m.__dict__ or m._compiled_call_impl or _has_any_global_hook())
 
 # %% ../nbs/05_fuse.ipynb #8222ac53
-def _kernels_there()->bool:
-    "Are the native kernels there? Asking builds them"
-    return not (kernels.native()[1] or cpu.native()[1])
+def _kernels_there(number)->bool:
+    "Are the native kernels for this type of number there? Asking builds them"
+    return not (kernels.native(number)[1] or cpu.native(number)[1])
 # what torch.compiler.assume_constant_result does, without importing the compiler
 _kernels_there._dynamo_marked_constant = True
 
 # %% ../nbs/05_fuse.ipynb #e460625c
-def _fits_channels(t, C): return t is None or t.shape==(C,) and t.dtype==torch.float32 and t.is_cpu
+def _fits_channels(t, C, dtype): return t is None or t.shape==(C,) and t.dtype==dtype and t.is_cpu
 
 def _suits(bn, x, residual):
     "Can the native operator stand in for these operations?"
-    if not x.is_cpu or x.dtype!=torch.float32 or x.dim()!=4 or x.numel()<=x.shape[1]: return False
+    if not x.is_cpu or not number_of(x) or x.dim()!=4 or x.numel()<=x.shape[1]: return False
     if not x.is_contiguous(memory_format=torch.channels_last): return False
     r = residual
     if not (r is None or r.shape==x.shape and r.dtype==x.dtype and r.is_cpu and r.layout is torch.strided): return False
     if not allowed('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
     vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
-    return all(_fits_channels(t, x.shape[1]) for t in vectors) and _kernels_there()
+    kinds = {torch.float32,x.dtype}            # all of them one or the other
+    fits = any(all(_fits_channels(t, x.shape[1], kind) for t in vectors) for kind in kinds)
+    return fits and _kernels_there(number_of(x))
 
 # %% ../nbs/05_fuse.ipynb #c668a40d
 def batch_norm(
@@ -110,14 +115,16 @@ def _running_statistics(bn):
     "Running mean and variance if these are to be used, else None twice"
     return (None,None) if bn.training or bn.running_mean is None else (bn.running_mean,bn.running_var)
 
+def _move_towards(t, to, m): t.lerp_(to, m) if t.dtype==to.dtype else t.copy_(t.to(to.dtype).lerp_(to, m))
+
 @torch.no_grad()
 def _move_running(bn, stats, n):
     "In training, move the running statistics towards those of a batch of n values a channel"
     if not bn.training or bn.running_mean is None: return
     if bn.num_batches_tracked is not None: bn.num_batches_tracked.add_(1)
     m = bn.momentum if bn.momentum is not None else 1/float(bn.num_batches_tracked)
-    bn.running_mean.lerp_(stats[0], m)
-    bn.running_var.lerp_(stats[1]*(n/(n-1)), m)
+    _move_towards(bn.running_mean, stats[0], m)
+    _move_towards(bn.running_var, stats[1]*(n/(n-1)), m)
 
 # %% ../nbs/05_fuse.ipynb #3df25a58
 @operator('dsb::norm_conv2d')
@@ -137,7 +144,7 @@ def _(x, weight, bias, values, conv_bias, mean, var, eps, rows, group_ptr, cols,
     a = conv_args(kernel_size, stride, padding, dilation, groups)
     fits(x, values, conv_bias, outline(cols, B, O, K), a)
     y = x.new_empty(x.shape[0], O, *a.out_size(*x.shape[2:])).to(memory_format=torch.channels_last)
-    return y,x.new_empty(4, x.shape[1])
+    return y,_each(x, 4)
 
 # %% ../nbs/05_fuse.ipynb #448f281e
 @operator('dsb::norm_conv2d_backward')
@@ -147,7 +154,7 @@ def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows
                           need_x:bool, need_values:bool)->tuple[Tensor,Tensor,Tensor]:
     s = recall((rows, group_ptr, cols), B, (O,K), groups, checksum)
     a = conv_args(kernel_size, stride, padding, dilation, groups)
-    compact = need_values and less_wanted(key, len(x))
+    compact = need_values and compact_wanted(key, x, values)
     dx,sums,dv = cpu.norm_conv2d_backward(dy, x, stats, values, s, a, compact)
     if need_values and key: dv = reveal(key, dy, lambda n: kernels.norm(x[:n], stats, None, True), dv, s, a)
     grads = kernels.norm_finish(dx, x, None, stats, sums, eps, False, batch, dx if need_x else None, None)
@@ -156,7 +163,7 @@ def _norm_conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, stats:Tensor, rows
 # %% ../nbs/05_fuse.ipynb #e036fb6d
 @_norm_conv2d_backward.register_fake
 def _(dy, x, values, stats, *args):
-    return torch.empty_like(x),x.new_empty(2, x.shape[1]),values.new_empty(values.shape if args[-1] else 0)
+    return torch.empty_like(x),_each(x, 2),values.new_empty(values.shape if args[-1] else 0)
 
 # %% ../nbs/05_fuse.ipynb #8ce29ea1
 def _keep_norm_conv(ctx, inputs, output):
@@ -178,8 +185,10 @@ def _suits_conv(x, conv):
     "Can the convolution normalise its own input?"
     if not _is_just(conv, SparseConv2d) or conv.block_size not in FAST_BLOCKS: return False
     if conv.pad_first or x.shape[1]%16: return False
-    if conv.left_behind is not None or conv.values.dtype!=x.dtype or not conv.values.is_cpu: return False
-    return not torch.is_autocast_enabled('cpu')
+    if conv.left_behind is not None or not conv.values.is_cpu: return False
+    v,b,autocast = conv.values,conv.bias,torch.is_autocast_enabled('cpu')
+    if x.dtype!=(torch.get_autocast_dtype('cpu') if autocast else v.dtype): return False
+    return (v.dtype==x.dtype or mixed(x, v)) and (b is None or b.dtype==v.dtype)
 
 # %% ../nbs/05_fuse.ipynb #edaa8ea2
 def _into_conv(x, bn, conv):
@@ -202,7 +211,7 @@ def _norm_pool(x:Tensor, weight:Tensor|None, bias:Tensor|None, mean:Tensor|None,
 def _(x, weight, bias, mean, var, eps, kernel, stride, padding):
     size = [(n+2*p-k)//s+1 for n,k,s,p in zip(x.shape[2:], kernel, stride, padding)]
     y = x.new_empty(*x.shape[:2], *size).to(memory_format=torch.channels_last)
-    return y,torch.empty_like(y, dtype=torch.uint8),x.new_empty(4, x.shape[1])
+    return y,torch.empty_like(y, dtype=torch.uint8),_each(x, 4)
 
 # %% ../nbs/05_fuse.ipynb #d44a2e1d
 @operator('dsb::norm_pool_backward')
@@ -213,7 +222,7 @@ def _norm_pool_backward(dy:Tensor, x:Tensor, y:Tensor, place:Tensor, stats:Tenso
 
 @_norm_pool_backward.register_fake
 def _(dy, x, y, place, stats, kernel, stride, padding, eps, batch, need_x):
-    return torch.empty_like(x) if need_x else x.new_empty(0),x.new_empty(2, x.shape[1])
+    return torch.empty_like(x) if need_x else x.new_empty(0),_each(x, 2)
 
 # %% ../nbs/05_fuse.ipynb #b22c5beb
 def _keep_norm_pool(ctx, inputs, output):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
-from .ops import structure_of, block_linear, block_conv2d, revealed, set_collector
+from .ops import autocasts, structure_of, block_linear, block_conv2d, revealed, set_collector
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -193,12 +193,12 @@ def __setattr__(self:SparseLayer, name, value):
 def to_autocast(
     x:Tensor, # an input
     *ts,      # tensors to match, or None
-)->tuple: # all of them in autocast's type if it is on
+)->tuple: # all of them in autocast's type if it is on; on the CPU `ts` that are all float32 stay
     "Inputs in the type that autocast asks for; float64 stays, as everywhere in torch"
-    kind = 'cpu' if x.is_cpu else x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)): return (x,*ts)
-    t = torch.get_autocast_dtype(kind)
+    if not autocasts(x): return (x,*ts)
+    t = torch.get_autocast_dtype('cpu' if x.is_cpu else x.device.type)
     def to(o): return o if o is None or not o.is_floating_point() or o.dtype==torch.float64 else o.to(t)
+    if x.is_cpu and all(o is None or o.dtype==torch.float32 for o in ts): return (to(x),*ts)
     return tuple(map(to, (x,*ts)))
 
 # %% ../nbs/02_layers.ipynb #78c8f7b2

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
            'sometimes_dense', 'structure_of', 'recall', 'operator', 'set_collector', 'revealed', 'norm_bound',
-           'images_wanted', 'less_wanted', 'reveal', 'outline', 'block_linear', 'conv_args', 'block_conv2d']
+           'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts', 'block_linear',
+           'conv_args', 'block_conv2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
 import importlib, importlib.util, warnings, weakref
@@ -19,7 +20,7 @@ from torch.nn.parameter import Parameter
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure.blocks import ShuffledBlocks, Structure, Unstructured
-from .kernels.reference import ConvArgs, dense_wgrad, fits, is_channels_last
+from .kernels.reference import ConvArgs, dense_wgrad, fits, is_channels_last, mixed
 
 # %% ../nbs/01_ops.ipynb #7476bc7a
 _fast = {'cpu':'cpu', 'cuda':'triton'}                       # device type -> its fast backend
@@ -374,6 +375,15 @@ def less_wanted(
     f = _collectors.get(key)
     return f is None or getattr(f, 'counting', False) or getattr(f, 'norms', False) or images_wanted(f, n)<n
 
+# %% ../nbs/01_ops.ipynb #22ba1b2d
+def compact_wanted(
+    key:int,       # of a collector, or 0
+    x:Tensor,      # the input
+    values:Tensor, # of the weight
+)->bool:
+    "Must the compact gradient be computed on its own? The dense one may not be there, or be less exact"
+    return less_wanted(key, len(x)) or mixed(x, values)
+
 # %% ../nbs/01_ops.ipynb #a452bc5b
 def reveal(
     key:int,         # of a collector, or 0
@@ -424,7 +434,7 @@ def _linear_backward(dy:Tensor, x:Tensor, values:Tensor, rows:Tensor, group_ptr:
                      checksum:Tensor|None, B:int, O:int, K:int, key:int, backend:str,
                      need_x:bool, need_values:bool)->tuple[Tensor,Tensor]:
     s = recall((rows, group_ptr, cols), B, (O,K), 1, checksum)
-    compact,dx,dv = need_values and less_wanted(key, len(x)),None,None
+    compact,dx,dv = need_values and compact_wanted(key, x, values),None,None
     if need_x or compact:
         with torch._C._DisableAutocast():
             dx,dv = _backend_for(x, s, None, backend).linear_backward(dy, x, values, s, need_x, compact)
@@ -436,6 +446,18 @@ def _linear_backward(dy:Tensor, x:Tensor, values:Tensor, rows:Tensor, group_ptr:
 def _(dy, x, values, *args):
     need_x,need_values = args[-2:]
     return x.new_empty(x.shape if need_x else 0),values.new_empty(values.shape if need_values else 0)
+
+# %% ../nbs/01_ops.ipynb #832d20a7
+def autocasts(
+    x:Tensor, # an input
+)->bool:
+    "Is autocast on for the device of `x`?"
+    kind = 'cpu' if x.is_cpu else x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+def _check_mixture(x, values):
+    if not mixed(x, values) or autocasts(x): return
+    raise RuntimeError(f'input {str(x.dtype)[6:]}, values float32: expected one type; only autocast may mix them')
 
 # %% ../nbs/01_ops.ipynb #5eeba8c5
 def _keep_operands(ctx, inputs, output):
@@ -469,6 +491,7 @@ def block_linear(
     "`F.linear` with a shuffled-block weight"
     O,K = s.shape
     if not x.dim() or x.shape[-1]!=K: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (…, {K})')
+    _check_mixture(x, values)
     structure = s.rows, s.group_ptr, s.cols, checksum, s.block_size, O, K
     y = _linear(x.reshape(-1, K), values, bias, *structure, key, chosen())
     return y.view(*x.shape[:-1], O)
@@ -512,7 +535,7 @@ def _conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, rows:Tensor, group_ptr:
                      need_x:bool, need_values:bool)->tuple[Tensor,Tensor]:
     s = recall((rows, group_ptr, cols), B, (O,K), groups, checksum)
     a = conv_args(kernel_size, stride, padding, dilation, groups)
-    compact,dx,dv = need_values and less_wanted(key, len(x)),None,None
+    compact,dx,dv = need_values and compact_wanted(key, x, values),None,None
     if need_x or compact:
         with torch._C._DisableAutocast():
             dx,dv = _backend_for(x, s, a, backend).conv2d_backward(dy, x, values, s, a, need_x, compact)
@@ -539,4 +562,5 @@ def block_conv2d(
     checksum:Tensor=None, # (64,) bool, that the structure must have; None: any
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "`F.conv2d` with a shuffled-block weight"
+    _check_mixture(x, values)
     return _conv2d(x, values, bias, s.rows, s.group_ptr, s.cols, checksum, s.block_size, *s.shape, *a, key, chosen())

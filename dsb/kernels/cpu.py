@@ -16,7 +16,7 @@ from . import packing
 from .build import Pieces, library
 from .packing import Affine, tables
 from .reference import ConvArgs, fits, is_channels_last
-from .vectors import in_memory, pointer
+from .vectors import in_memory, number_of, numbered, pointer
 
 # %% ../../nbs/kernels/05_cpu.ipynb #8058d6de
 cpp = Pieces('nbs/kernels/05_cpu.ipynb', packing.cpp)
@@ -121,21 +121,33 @@ template<int P, class F> INL void tiles(int run, F f){        // cut a run into 
 cpp('ahead', 'unit', r'''
 struct Ahead {                                                // the next block of a tensor, fetched a little at every step
   const char *p=nullptr, *end=nullptr; long step=0;
-  Ahead(const float* x, long block, const Geo& g, const Unit& u, long steps){
+  template<class X> Ahead(const X* x, long block, const Geo& g, const Unit& u, long steps){
     if(!x || g.bands>1 || (u.b+2)*g.nb>g.N) return;
-    p=(const char*)(x+(u.b+1)*block); end=p+4*block; step=(block/16+steps)/std::max(1L,steps); }
+    const long bytes=sizeof(X)*block;
+    p=(const char*)(x+(u.b+1)*block); end=p+bytes; step=(bytes/64+steps)/std::max(1L,steps); }
   void go(){ for(long i=0; i<step && p<end; i++, p+=64) __builtin_prefetch(p, 0, 2); } };
 ''')
 
+# %% ../../nbs/kernels/05_cpu.ipynb #3bbda067
+cpp('forward_group', 'segment unit group tap_range tiles forward_any ahead', r'''
+static void forward_group(const Geo& g, const Str& s, const Unit& u, const Group& p, const float* xs, const float* bias, float* const* yr, Ahead& next){
+  const int q=pitch(g); const long xrow=(long)g.Ws*g.nb;
+  for(int h=u.h0; h<u.h1; h++, next.go()){
+    int a0,a1; tap_range(g, h, 0, 1<<30, a0, a1);
+    const int k=p.taps[a0]; const long K=p.taps[a1]-k;
+    tiles<FP>(g.Wo*g.nb, [&](int v, int n){ for(int r=0; r<p.n; r+=FR)
+      forward_any<FP>(n, xs+(h-u.h0)*xrow+v, s.off+k, K, p.tile(r,k), bias+r, yr+r, (long)(h-u.h0)*q+v, p.n-r); }); } }
+''')
+
 # %% ../../nbs/kernels/05_cpu.ipynb #dfe498c6
-cpp('forward_unit', 'pack_input unpack_nchw unpack_cl output_segments group tap_range '
-    'tiles forward_any ahead', r'''
-static void forward_unit(const Geo& g, const Str& s, const Unit& u, const float* x, const Affine* f, const float* w, const float* bias, float* y){
-  const int B=s.B, q=pitch(g), run=g.Wo*g.nb;
-  const long HW=(long)g.Ho*g.Wo, yplane=odd_lines((long)(u.h1-u.h0)*q), xrow=(long)g.Ws*g.nb;
+cpp('forward_unit', 'pack_input unpack_nchw unpack_cl output_segments forward_group', r'''
+template<class X> static void forward_unit(const Geo& g, const Str& s, const Unit& u, const X* x, const Affine* f, const float* w,
+                                           const float* bias, X* y){
+  const int B=s.B, q=pitch(g);
+  const long HW=(long)g.Ho*g.Wo, yplane=odd_lines((long)(u.h1-u.h0)*q);
   const float* xs=pack_input(g, s, u, x, f);
-  const bool direct = !g.cl && g.nb==1 && run==q;             // the kernel writes into y itself
-  float *ys = direct ? nullptr : scratch.get(1, (g.cl ? g.O : B)*yplane), *yb = y+(long)u.b*g.nb*g.O*HW;
+  const bool direct = sizeof(X)==4 && !g.cl && g.nb==1 && q==g.Wo;   // the kernel writes into y itself
+  float* ys = direct ? nullptr : scratch.get(1, (g.cl ? g.O : B)*yplane); X* yb = y+(long)u.b*g.nb*g.O*HW;
   scratch.geo[1] = Geo{};
   std::vector<Seg> segs; output_segments(g, u.h0, u.h1, segs);
   std::vector<float*> yr(B); std::vector<float> br(B);
@@ -144,12 +156,8 @@ static void forward_unit(const Geo& g, const Str& s, const Unit& u, const float*
     const Group p=group(g, s, t, w);
     for(int r=0; r<p.n; r++){
       br[r] = bias ? bias[p.rows[r]] : 0;
-      yr[r] = direct ? yb+p.rows[r]*HW+(long)u.h0*g.Wo : ys+(g.cl ? p.rows[r] : r)*yplane; }
-    for(int h=u.h0; h<u.h1; h++, next.go()){
-      int a0,a1; tap_range(g, h, 0, 1<<30, a0, a1);
-      const int k=p.taps[a0]; const long K=p.taps[a1]-k;
-      tiles<FP>(run, [&](int v, int n){ for(int r=0; r<p.n; r+=FR)
-        forward_any<FP>(n, xs+(h-u.h0)*xrow+v, s.off+k, K, p.tile(r,k), &br[r], &yr[r], (long)(h-u.h0)*q+v, p.n-r); }); }
+      yr[r] = direct ? (float*)yb+p.rows[r]*HW+(long)u.h0*g.Wo : ys+(g.cl ? p.rows[r] : r)*yplane; }
+    forward_group(g, s, u, p, xs, br.data(), yr.data(), next);
     if(!direct && !g.cl) unpack_nchw(ys, yplane, HW, output_view(g,u.nv,B), p.rows, segs, yb); }
   if(g.cl) unpack_cl(ys, yplane, output_view(g,u.nv,g.O), segs, yb); }
 ''')
@@ -170,8 +178,8 @@ static void dy_transpose(const float* const* yr, int n, long skip, long lanes, f
 
 # %% ../../nbs/kernels/05_cpu.ipynb #7158c778
 cpp('weight_columns', 'weight_tile unit group segment strip ahead', r'''
-template<int T, int NR, class F> INL void weight_columns(const Geo& g, const Str& s, const Unit& u, const Group& p, int k0, int k1,
-                                                         const float* xs, const float* dT, long ldd, float* dw, F tick){
+template<int T, int NR> static void weight_columns(const Geo& g, const Str& s, const Unit& u, const Group& p, int k0, int k1,
+                                                    const float* xs, const float* dT, long ldd, float* dw, Ahead* next){
   const long xrow=(long)g.Ws*g.nb, q=pitch(g); const int S=strip(g);
   for(int k=k0; k<k1; k+=T){
     int a0=0, a1=g.kh, h0=u.h0, h1=u.h1;                      // tap rows of these columns; output rows that meet the image there
@@ -179,26 +187,25 @@ template<int T, int NR, class F> INL void weight_columns(const Geo& g, const Str
     while(p.taps[a1-1]>=k+T) a1--;
     while(h0<h1 && h0*g.sh+(a1-1)*g.dh<g.ph) h0++;
     while(h1>h0 && (h1-1)*g.sh+a0*g.dh-g.ph>=g.H) h1--;
-    for(int h=h0; h<h1; h+=S, tick()) for(long r=0; r<ldd; r+=NR*V)
+    for(int h=h0; h<h1; h+=S, next[0].go(), next[1].go()) for(long r=0; r<ldd; r+=NR*V)
       weight_tile<T,NR>(xs+(h-u.h0)*xrow, s.off+k, xrow, dT+(h-u.h0)*q*ldd+r, q, ldd, std::min(S,h1-h), g.Wo*g.nb, dw+k*ldd+r); } }
 ''')
 
 # %% ../../nbs/kernels/05_cpu.ipynb #19533044
 cpp('weight_group', 'weight_columns', r'''
-template<class F> INL void weight_group(const Geo& g, const Str& s, const Unit& u, const Group& p, const float* xs, const float* dT,
-                                        long ldd, float* dw, F tick){
+static void weight_group(const Geo& g, const Str& s, const Unit& u, const Group& p, const float* xs, const float* dT, long ldd, float* dw, Ahead* next){
   const int k1=p.k0+p.K, k=p.k0+p.K/WT*WT;
-  if(ldd%(2*V)==0) return weight_columns<WT/2,2>(g, s, u, p, p.k0, k1, xs, dT, ldd, dw, tick);
-  weight_columns<WT,1>(g, s, u, p, p.k0, k, xs, dT, ldd, dw, tick);
-  if(k<k1) weight_columns<8,1>(g, s, u, p, k, k1, xs, dT, ldd, dw, tick); }
+  if(ldd%(2*V)==0) return weight_columns<WT/2,2>(g, s, u, p, p.k0, k1, xs, dT, ldd, dw, next);
+  weight_columns<WT,1>(g, s, u, p, p.k0, k, xs, dT, ldd, dw, next);
+  if(k<k1) weight_columns<8,1>(g, s, u, p, k, k1, xs, dT, ldd, dw, next); }
 ''')
 
 # %% ../../nbs/kernels/05_cpu.ipynb #e5e2b14f
-cpp('input_group', 'segment unit group tap_range tiles input_any', r'''
-template<class F> INL void input_group(const Geo& g, const Str& s, const Unit& u, const Group& p, const float* const* yr, int lo,
-                                       float* dxs, F tick){  // row `lo` of the output comes first in dy
+cpp('input_group', 'segment unit group tap_range tiles input_any ahead', r'''
+static void input_group(const Geo& g, const Str& s, const Unit& u, const Group& p, const float* const* yr, int lo,
+                        float* dxs, Ahead* next){             // row `lo` of the output comes first in dy
   const int q=pitch(g);
-  for(int h=std::max(0,u.i0-g.halo); h<std::min(u.i1,g.Ho); h++, tick()){
+  for(int h=std::max(0,u.i0-g.halo); h<std::min(u.i1,g.Ho); h++, next[0].go(), next[1].go()){
     int a0,a1; tap_range(g, h, u.i0, u.i1, a0, a1);
     const long k=p.taps[a0], k1=p.taps[a1];
     if(k<k1) tiles<DP>(g.Wo*g.nb, [&](int v, int n){ for(int r=0; r<p.n; r+=DR)
@@ -208,32 +215,31 @@ template<class F> INL void input_group(const Geo& g, const Str& s, const Unit& u
 # %% ../../nbs/kernels/05_cpu.ipynb #d4ca2863
 cpp('backward_unit', 'pack_input unpack_cl unpack_nchw unpack_delta output_segments '
     'dy_transpose weight_group input_group', r'''
-static void backward_unit(const Geo& g, const Str& s, const Unit& u, const float* x, const Affine* f, const float* dy, const float* w,
-                          float* dx, float* dw, long ldd, double* total){
+template<class X> static void backward_unit(const Geo& g, const Str& s, const Unit& u, const X* x, const Affine* f, const X* dy, const float* w,
+                                            X* dx, float* dw, long ldd, double* total){
   const int B=s.B, q=pitch(g), x0=std::max(0,u.i0-g.halo), x1=std::max(x0,std::min(u.i1,g.Ho));   // rows that reach dx's band
   const int lo = !dx ? u.h0 : dw ? std::min(u.h0,x0) : x0, hi = !dx ? u.h1 : dw ? std::max(u.h1,x1) : x1;
   const long HW=(long)g.Ho*g.Wo, yplane=odd_lines((long)(hi-lo)*q), XN=(long)g.nb*g.C*g.H*g.W, YN=g.nb*g.O*HW;
-  const bool direct = !g.cl && g.nb==1 && q==g.Wo;            // the kernels read dy itself
+  const bool direct = sizeof(X)==4 && !g.cl && g.nb==1 && q==g.Wo;            // the kernels read dy itself
   const int planes = direct ? 0 : g.cl ? g.O : B;
-  const float* yb=dy+u.b*YN; float* ds=scratch.get(1, planes*yplane);
+  const X* yb=dy+u.b*YN; float* ds=scratch.get(1, planes*yplane);
   if(scratch.fresh(1, g, lo, hi) && q!=g.Wo*g.nb) memset(ds, 0, 4*yplane*planes);
   std::vector<Seg> segs; output_segments(g, lo, hi, segs);
   if(g.cl) pack_cl(yb, output_view(g,u.nv,g.O), segs, ds, yplane);
   const float* xs = dw ? pack_input(g, s, u, x, f) : nullptr;
   float* dT = dw ? scratch.get(2, (u.h1-u.h0)*q*ldd) : nullptr;
-  float* dxs = !dx ? nullptr : g.direct ? dx+u.b*XN : scratch.get(3, (long)g.plane*g.C);
+  float* dxs = !dx ? nullptr : g.direct ? (float*)(dx+u.b*XN) : scratch.get(3, (long)g.plane*g.C);
   if(dx) memset(dxs, 0, 4L*g.plane*g.C);
   const long steps = (dw ? (long)s.ptr[s.G]/WT*((g.Ho+strip(g)-1)/strip(g)) : 0) + (dx ? (long)s.G*g.Ho : 0);
-  Ahead nx(dw ? x : nullptr, XN, g, u, steps), ny(dy, YN, g, u, steps);
-  auto tick = [&]{ nx.go(); ny.go(); };
+  Ahead next[2]={Ahead(dw ? x : (const X*)nullptr, XN, g, u, steps), Ahead(dy, YN, g, u, steps)};
   std::vector<const float*> yr(B);
   for(int t=0; t<s.G; t++){
     const Group p=group(g, s, t, w); if(!p.K) continue;
-    for(int r=0; r<p.n; r++) yr[r] = direct ? yb+p.rows[r]*HW+(long)lo*g.Wo : ds+(g.cl ? p.rows[r] : r)*yplane;
+    for(int r=0; r<p.n; r++) yr[r] = direct ? (const float*)yb+p.rows[r]*HW+(long)lo*g.Wo : ds+(g.cl ? p.rows[r] : r)*yplane;
     if(!direct && !g.cl) pack_nchw(yb, HW, output_view(g,u.nv,B), p.rows, segs, ds, yplane);
     if(dw) dy_transpose(yr.data(), p.n, (long)(u.h0-lo)*q, (long)(u.h1-u.h0)*q, dT, ldd);
-    if(dw) weight_group(g, s, u, p, xs, dT, ldd, dw, tick);
-    if(dx) input_group(g, s, u, p, yr.data(), lo, dxs, tick); }
+    if(dw) weight_group(g, s, u, p, xs, dT, ldd, dw, next);
+    if(dx) input_group(g, s, u, p, yr.data(), lo, dxs, next); }
   if(!dx || g.direct) return;
   input_segments(g, s.phase, u.i0, u.i1, segs);
   if(total){
@@ -253,22 +259,33 @@ static int team(const Geo& g, const Str& s, int threads, long units){   // a thr
 ''')
 
 # %% ../../nbs/kernels/05_cpu.ipynb #89e40b60
-cpp('forward', 'forward_unit tiled team stream', r'''
-extern "C" void dsb_forward(const Geo* g, const Str* s, const float* x, const Affine* f, const float* values, const float* bias, float* y, int threads){
+cpp('forward', 'forward_unit tiled team stream number', r'''
+extern "C" void dsb_forward(const Geo* g, const Str* s, const number* x, const Affine* f, const float* values, const float* bias, number* y, int threads){
   const long U=(long)((g->N+g->nb-1)/g->nb)*g->bands; const int T=team(*g, *s, threads, U);
-  const float* w=tiled(*s, values, T);
+  const float* w=tiled<number>(*s, values, T);
   #pragma omp parallel for num_threads(T) schedule(static,1) if(T>1)
   for(int t=0; t<T; t++){
     for(long u=U*t/T; u<U*(t+1)/T; u++) forward_unit(*g, *s, unit(*g,u), x, f, w, bias, y);
     stream_end(); } }
 ''')
 
+# %% ../../nbs/kernels/05_cpu.ipynb #79fc2dbe
+cpp('collect', 'structure', r'''
+static void collect(const Str* s, const float* part, long K, long ldd, int T, float* dvalues){   // the sum of T weight gradients
+  #pragma omp parallel for num_threads(T) schedule(static) if(T>1)
+  for(int q=0; q<s->G; q++) for(long k=s->ptr[q]; k<s->ptr[q+1]; k++){
+    float* o=dvalues+(s->order ? (long)s->order[k] : k)*s->B; const float* a=part+k*ldd;
+    for(int r=0; r<s->B; r++) o[r]=a[r];
+    for(int t=1; t<T; t++) for(int r=0; r<s->B; r++) o[r]+=a[t*K*ldd+r];
+    for(int r=0; r<s->B; r++) if(s->rows[q*s->B+r]<0) o[r]=0; } }
+''')
+
 # %% ../../nbs/kernels/05_cpu.ipynb #71efa36d
-cpp('backward', 'backward_unit tiled team stream', r'''
-extern "C" void dsb_backward(const Geo* g, const Str* s, const float* x, const Affine* f, const float* dy, const float* values,
-                             float* dx, float* dvalues, double* sums, int threads){
+cpp('backward', 'backward_unit collect tiled team stream number', r'''
+extern "C" void dsb_backward(const Geo* g, const Str* s, const number* x, const Affine* f, const number* dy, const float* values,
+                             number* dx, float* dvalues, double* sums, int threads){
   const long U=(long)((g->N+g->nb-1)/g->nb)*g->bands; const int T=team(*g, *s, threads, U);
-  const float* w=tiled(*s, values, T);
+  const float* w=tiled<number>(*s, values, T);
   const long K=s->ptr[s->G], ldd=(s->B+V-1)/V*V;
   float* part = dvalues ? scratch.get(5, T*K*ldd) : nullptr;  // one weight gradient for each thread
   std::vector<double> total(sums ? 2L*T*g->C : 0);
@@ -279,13 +296,7 @@ extern "C" void dsb_backward(const Geo* g, const Str* s, const float* x, const A
     for(long u=U*t/T; u<U*(t+1)/T; u++) backward_unit(*g, *s, unit(*g,u), x, f, dy, w, dx, p, ldd, sums ? &total[2L*t*g->C] : nullptr);
     stream_end(); }
   if(sums) for(int c=0; c<2*g->C; c++){ sums[c]=0; for(int t=0; t<T; t++) sums[c]+=total[2L*t*g->C+c]; }
-  if(!dvalues) return;
-  #pragma omp parallel for num_threads(T) schedule(static) if(T>1)
-  for(int q=0; q<s->G; q++) for(long k=s->ptr[q]; k<s->ptr[q+1]; k++){
-    float* o=dvalues+(s->order ? (long)s->order[k] : k)*s->B; const float* a=part+k*ldd;
-    for(int r=0; r<s->B; r++) o[r]=a[r];
-    for(int t=1; t<T; t++) for(int r=0; r<s->B; r++) o[r]+=a[t*K*ldd+r];
-    for(int r=0; r<s->B; r++) if(s->rows[q*s->B+r]<0) o[r]=0; } }
+  if(dvalues) collect(s, part, K, ldd, T, dvalues); }
 ''')
 
 # %% ../../nbs/kernels/05_cpu.ipynb #85be23a1
@@ -307,9 +318,12 @@ extern "C" int dsb_lanes(){ return V; }
 
 # %% ../../nbs/kernels/05_cpu.ipynb #aa52dbd1
 @functools.cache
-def native()->tuple: # (library or None, reason why there is none or '')
-    "The native library, its functions declared"
-    lib,reason = library('cpu', cpp.source('forward', 'backward', 'same', 'lanes_of'))
+def native(
+    number:str='float', # what activations are, 'float' or 'bf16'
+)->tuple: # (library or None, reason why there is none or '')
+    "The native library for one type of number, its functions declared"
+    source = numbered(number, cpp.source('forward', 'backward', 'same', 'lanes_of'))
+    lib,reason = library('cpu' if number=='float' else f'cpu-{number}', source)
     if lib is not None:
         lib.dsb_forward.argtypes = [ctypes.c_void_p]*7 + [ctypes.c_int]
         lib.dsb_backward.argtypes = [ctypes.c_void_p]*9 + [ctypes.c_int]
@@ -329,9 +343,19 @@ def comparison(
     for i,(o,c) in enumerate(zip(live, own)): p.live[i],p.own[i],p.bytes[i] = o.data_ptr(),c.data_ptr(),o.nbytes
     return functools.partial(lib.dsb_same, ctypes.byref(p))
 
+# %% ../../nbs/kernels/05_cpu.ipynb #9124ae4b
+def _library_for(x):
+    "The library for an activation's type"
+    if number_of(x): return native(number_of(x))[0]
+    raise RuntimeError(f'an activation of {x.dtype}: expected float32 or bfloat16')
+
+def _floats(t): return None if t is None else in_memory(t).float()
+
 # %% ../../nbs/kernels/05_cpu.ipynb #cf32e351
 @functools.cache
 def _lanes(): return native()[0].dsb_lanes()
+
+def _tables(s, a, x, cl): return tables(s, a, *x.shape, cl, _lanes(), x.dtype==torch.bfloat16)
 
 def _affine_of(stats): # (4, C) mean, variance, scale, shift, or None
     return None if stats is None else ctypes.byref(Affine(*(stats[i].data_ptr() for i in (2,3,0))))
@@ -340,9 +364,9 @@ def _affine_of(stats): # (4, C) mean, variance, scale, shift, or None
 def _forward(x, values, bias, s, a, cl, y, stats=None):
     "Fill y with the product; x (N, C, H, W) is dense in the format of `cl`, and normalised by `stats` if there are any"
     if not y.numel(): return y
-    g,st,*_ = tables(s, a, *x.shape, cl, _lanes())
-    values,bias = in_memory(values),bias if bias is None else in_memory(bias)
-    native()[0].dsb_forward(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
+    g,st,*_ = _tables(s, a, x, cl)
+    values,bias = _floats(values),_floats(bias)
+    _library_for(x).dsb_forward(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
                             *map(pointer, (values, bias, y)), torch.get_num_threads())
     return y
 
@@ -350,10 +374,10 @@ def _forward(x, values, bias, s, a, cl, y, stats=None):
 def _backward(dy, x, values, s, a, cl, dx, dv, stats=None, sums=None):
     "Fill dx and dv, either of which may be None, and with `stats` the two sums"
     if not x.numel() or not dy.numel(): return [o if o is None else o.zero_() for o in (dx,dv)]
-    g,st,full,_ = tables(s, a, *x.shape, cl, _lanes())
+    g,st,full,_ = _tables(s, a, x, cl)
     if dx is not None and not full: dx.zero_()
-    values = in_memory(values)
-    native()[0].dsb_backward(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
+    values = _floats(values)
+    _library_for(x).dsb_backward(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
                              *map(pointer, (dy, values, dx, dv, sums)), torch.get_num_threads())
     return dx,dv
 
@@ -365,8 +389,8 @@ def supports(
 )->str: # '' or the reason why not
     "Can these kernels compute the layer?"
     if not x.is_cpu: return f'the cpu kernels take CPU tensors, not {x.device.type}'
-    if x.dtype!=torch.float32: return f'the cpu kernels compute in float32, not {str(x.dtype)[6:]}'
-    return slow_size(s.block_size, 'cpu') or native()[1]
+    if not number_of(x): return f'the cpu kernels compute in float32 and bfloat16, not {str(x.dtype)[6:]}'
+    return slow_size(s.block_size, 'cpu') or native()[1] or native(number_of(x))[1]
 
 # %% ../../nbs/kernels/05_cpu.ipynb #0ffd4084
 def check():
@@ -378,12 +402,18 @@ def check():
 def _format(cl): return torch.channels_last if cl else torch.contiguous_format
 
 def _new(like, shape, cl=False):
-    "An empty float32 tensor, whatever torch's default type and device are"
-    return torch.empty(shape, dtype=torch.float32, device=like.device, memory_format=_format(cl))
+    "An empty tensor of the type of `like`, whatever torch's default type and device are"
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_format(cl))
+
+def _new_values(values, wanted):
+    "A place for the gradient of values, float32 whatever they are; None if it is not wanted"
+    return torch.empty(values.shape, dtype=torch.float32, device=values.device) if wanted else None
+
+def _like_values(dv, values): return dv if dv is None else dv.to(values.dtype)
 
 # %% ../../nbs/kernels/05_cpu.ipynb #ee2f04db
 def conv2d(
-    x:Tensor,         # (N, C, H, W) float32, NCHW or channels_last
+    x:Tensor,         # (N, C, H, W) float32 or bfloat16, NCHW or channels_last
     values:Tensor,    # (n_blocks·B, B)
     bias:Tensor,      # (O,) or None
     s:ShuffledBlocks, # structure of the weight, O × C/groups·kh·kw
@@ -410,8 +440,9 @@ def conv2d_backward(
     cl = is_channels_last(x)
     x,dy = (in_memory(o, _format(cl)) for o in (x,dy))
     dx = _new(x, x.shape, cl) if need_x else None
-    dv = _new(x, values.shape) if need_values else None
-    return tuple(_backward(dy, x, values, s, a, cl, dx, dv))
+    dv = _new_values(values, need_values)
+    dx,dv = _backward(dy, x, values, s, a, cl, dx, dv)
+    return dx,_like_values(dv, values)
 
 # %% ../../nbs/kernels/05_cpu.ipynb #6b5c8f6a
 def _fits_norm(x, stats):
@@ -419,14 +450,14 @@ def _fits_norm(x, stats):
     if x.dim()!=4 or x.shape[1]%16 or not x.is_contiguous(memory_format=torch.channels_last):
         got = f'input of shape {tuple(x.shape)} and strides {x.stride()}'
         raise RuntimeError(f'{got}: expected channels_last and a multiple of 16 channels')
-    if stats.shape!=(4,x.shape[1]) or not stats.is_contiguous() or stats.dtype!=x.dtype:
+    if stats.shape!=(4,x.shape[1]) or not stats.is_contiguous() or stats.dtype!=torch.float32:
         got = f'statistics of shape {tuple(stats.shape)}, {stats.dtype}'
-        raise RuntimeError(f'{got}: expected contiguous {(4,x.shape[1])}, {x.dtype}')
+        raise RuntimeError(f'{got}: expected contiguous {(4,x.shape[1])}, torch.float32')
 
 # %% ../../nbs/kernels/05_cpu.ipynb #65e4a25d
 def norm_conv2d(
-    x:Tensor,         # (N, C, H, W) float32, channels_last, C a multiple of 16
-    stats:Tensor,     # (4, C) mean, variance, scale and shift
+    x:Tensor,         # (N, C, H, W) float32 or bfloat16, channels_last, C a multiple of 16
+    stats:Tensor,     # (4, C) float32: mean, variance, scale and shift
     values:Tensor,    # (n_blocks·B, B)
     bias:Tensor,      # (O,) or None
     s:ShuffledBlocks, # structure of the weight, O × C/groups·kh·kw
@@ -451,15 +482,15 @@ def norm_conv2d_backward(
     fits(x, values, None, s, a, dy); _fits_norm(x, stats)
     x,dy = (in_memory(o, torch.channels_last) for o in (x,dy))
     delta,sums = _new(x, x.shape, True),torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-    dv = _new(x, values.shape) if need_values else None
+    dv = _new_values(values, need_values)
     _backward(dy, x, values, s, a, True, delta, dv, stats, sums)
-    return delta,sums.to(x.dtype),dv
+    return delta,sums.float(),_like_values(dv, values)
 
 # %% ../../nbs/kernels/05_cpu.ipynb #eb097cbe
 _one = ConvArgs((1,1))
 
 def linear(
-    x:Tensor,         # (M, K) float32
+    x:Tensor,         # (M, K) float32 or bfloat16
     values:Tensor,    # (n_blocks·B, B)
     bias:Tensor,      # (O,) or None
     s:ShuffledBlocks, # structure of the weight
@@ -481,5 +512,6 @@ def linear_backward(
     fits(x, values, None, s, None, dy)
     x,dy = in_memory(x),in_memory(dy)
     dx = _new(x, x.shape) if need_x else None
-    dv = _new(x, values.shape) if need_values else None
-    return tuple(_backward(dy, x[:,:,None,None], values, s, _one, True, dx, dv))
+    dv = _new_values(values, need_values)
+    dx,dv = _backward(dy, x[:,:,None,None], values, s, _one, True, dx, dv)
+    return dx,_like_values(dv, values)

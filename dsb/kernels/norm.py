@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from . import vectors
 from .build import Pieces, library
-from .vectors import in_memory, pointer
+from .vectors import in_memory, number_of, numbered, pointer
 
 # %% ../../nbs/kernels/06_norm.ipynb #f3e01b7d
 cpp = Pieces('nbs/kernels/06_norm.ipynb', vectors.cpp)
@@ -57,8 +57,8 @@ template<class F> INL void sums(long P, int C, int T, bool back, double* total, 
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #b4253083
-cpp('stats', 'sums', r'''
-extern "C" void dsb_norm_stats(const float* x, long P, int C, float* stats, int threads){
+cpp('stats', 'sums number', r'''
+extern "C" void dsb_norm_stats(const number* x, long P, int C, float* stats, int threads){
   std::vector<double> s(2*C);
   float *mean=stats, *var=stats+C;
   sums(P, C, team(P*C,threads), true, s.data(), [=](long i, int c, auto n, vec& a, vec& b){ vec d=loadn(x+i,n)-loadn(x+c,n); a+=d; b+=d*d; });
@@ -75,9 +75,9 @@ extern "C" void dsb_norm_scale(const float* weight, const float* bias, float eps
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #995654f5
-cpp('norm', 'rows positive', r'''
-extern "C" void dsb_norm(const float* x, const float* residual, long P, int C, const float* scale, const float* shift,
-                         int relu, float* y, int threads){
+cpp('norm', 'rows positive number', r'''
+extern "C" void dsb_norm(const number* x, const number* residual, long P, int C, const float* scale, const float* shift,
+                         int relu, number* y, int threads){
   rows(P, C, team(P*C,threads), false, [=](long i, int c, auto n){
     vec z=loadn(x+i,n)*loadn(scale+c,n)+loadn(shift+c,n);
     if(residual) z+=loadn(residual+i,n);
@@ -85,8 +85,8 @@ extern "C" void dsb_norm(const float* x, const float* residual, long P, int C, c
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #8f383296
-cpp('gradient', 'chunks positive', r'''
-template<class F> static void with_gradient(const float* x, const float* y, const float* dy, const float* scale, const float* shift, int relu, F f){
+cpp('gradient', 'chunks positive number', r'''
+template<class F> static void with_gradient(const number* x, const number* y, const number* dy, const float* scale, const float* shift, int relu, F f){
   if(!relu)  f([=](long i, int c, auto n){ return loadn(dy+i,n); });
   else if(y) f([=](long i, int c, auto n){ return where_positive(loadn(y+i,n), loadn(dy+i,n)); });
   else       f([=](long i, int c, auto n){ return where_positive(loadn(x+i,n)*loadn(scale+c,n)+loadn(shift+c,n), loadn(dy+i,n)); }); }
@@ -94,7 +94,7 @@ template<class F> static void with_gradient(const float* x, const float* y, cons
 
 # %% ../../nbs/kernels/06_norm.ipynb #159b5274
 cpp('norm_sums', 'sums gradient', r'''
-extern "C" void dsb_norm_sums(const float* x, const float* y, const float* dy, long P, int C, const float* mean, const float* scale,
+extern "C" void dsb_norm_sums(const number* x, const number* y, const number* dy, long P, int C, const float* mean, const float* scale,
                               const float* shift, int relu, float* out, int threads){   // of δ, then of δ(x-μ)
   std::vector<double> s(2*C);
   with_gradient(x, y, dy, scale, shift, relu, [&](auto delta){ sums(P, C, team(P*C,threads), false, s.data(),
@@ -115,8 +115,8 @@ struct Fix { std::vector<float> a, b;                         // x' = scale·δ 
 
 # %% ../../nbs/kernels/06_norm.ipynb #4c26b178
 cpp('norm_back', 'rows gradient fix', r'''
-extern "C" void dsb_norm_back(const float* x, const float* y, const float* dy, long P, int C, const float* stats, const float* sums, float eps,
-                              int batch, int relu, float* dx, float* dr, float* grads, int threads){
+extern "C" void dsb_norm_back(const number* x, const number* y, const number* dy, long P, int C, const float* stats, const float* sums, float eps,
+                              int batch, int relu, number* dx, number* dr, float* grads, int threads){
   const Fix fix(stats, sums, eps, P, C, batch, grads);
   if(!dx && !dr) return;
   const float *mean=stats, *scale=stats+2*C, *shift=stats+3*C, *a=fix.a.data(), *b=fix.b.data();
@@ -156,12 +156,12 @@ template<class N> INL void storeb(uint8_t* p, ivec v, N n){
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #30f916a2
-cpp('norm_pool', 'pool parts bytes', r'''
-extern "C" void dsb_norm_pool(const Pool* g, const float* x, const float* scale, const float* shift, float* y, uint8_t* place, int threads){
+cpp('norm_pool', 'pool parts bytes number', r'''
+extern "C" void dsb_norm_pool(const Pool* g, const number* x, const float* scale, const float* shift, number* y, uint8_t* place, int threads){
   const long R=(long)g->N*g->Ho;
   parts(R, team(R*g->Wo*g->C,threads), [=](int, long r0, long r1){ for(long r=r0; r<r1; r++) for(int w=0; w<g->Wo; w++){
     const int h=r%g->Ho*g->sh-g->ph, v=w*g->sw-g->pw;         // the window's first row and column
-    const float* xi=x+r/g->Ho*g->H*g->W*g->C;
+    const number* xi=x+r/g->Ho*g->H*g->W*g->C;
     chunks(g->C, [&](int c, auto n){
       const vec s=loadn(scale+c,n), t=loadn(shift+c,n);
       vec best={}; ivec at=ivec{}+255;
@@ -174,10 +174,10 @@ extern "C" void dsb_norm_pool(const Pool* g, const float* x, const float* scale,
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #7e39aeaf
-cpp('pool_pixel', 'bytes', r'''
+cpp('pool_pixel', 'bytes number', r'''
 struct Window { long at; int place; };                        // first channel of an output pixel; where in its window we are
-template<int M, class F> INL void pool_pixel(int C, const Window* windows, const float* dy, const uint8_t* place, F f){   // M windows
-  const float* y[M]; const uint8_t* p[M]; ivec at[M];
+template<int M, class F> INL void pool_pixel(int C, const Window* windows, const number* dy, const uint8_t* place, F f){   // M windows
+  const number* y[M]; const uint8_t* p[M]; ivec at[M];
   UNROLL for(int i=0; i<M; i++){ y[i]=dy+windows[i].at; p[i]=place+windows[i].at; at[i]=ivec{}+windows[i].place; }
   chunks(C, [&](int c, auto n) {
     vec d={};
@@ -187,7 +187,7 @@ template<int M, class F> INL void pool_pixel(int C, const Window* windows, const
 
 # %% ../../nbs/kernels/06_norm.ipynb #ae3cddd6
 cpp('pool_rows', 'pool pool_pixel', r'''
-template<class F> INL void pool_rows(const Pool g, const float* dy, const uint8_t* place, long r0, long r1, F f){
+template<class F> INL void pool_rows(const Pool g, const number* dy, const uint8_t* place, long r0, long r1, F f){
   std::vector<Window> windows(g.kh*g.kw);
   Window* const u=windows.data();
   for(long r=r0; r<r1; r++){
@@ -209,21 +209,21 @@ template<class F> INL void pool_rows(const Pool g, const float* dy, const uint8_
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #c98ad8ee
-cpp('pool_lookup', 'types pool', r'''
-extern "C" void dsb_pool_lookup(const Pool* g, const float* dy, const uint8_t* place, const float* x, const float* mean, int c, float* second){
+cpp('pool_lookup', 'types pool number', r'''
+extern "C" void dsb_pool_lookup(const Pool* g, const number* dy, const uint8_t* place, const number* x, const float* mean, int c, float* second){
   double s=0;                                                 // the second sum of one channel
   for(long o=0; o<(long)g->N*g->Ho*g->Wo; o++){
     const int q=place[o*g->C+c], a=q/g->kw, b=q%g->kw;
     if(q==255) continue;
     const long r=o/g->Wo, h=r%g->Ho*g->sh-g->ph+a, w=o%g->Wo*g->sw-g->pw+b;
-    s += dy[o*g->C+c]*(x[((r/g->Ho*g->H+h)*g->W+w)*g->C+c]-mean[c]); }
+    s += (float)dy[o*g->C+c]*(x[((r/g->Ho*g->H+h)*g->W+w)*g->C+c]-mean[c]); }
   *second=s; }
 ''')
 
 # %% ../../nbs/kernels/06_norm.ipynb #f1465b91
 cpp('pool_back', 'pool_rows fix parts blocks', r'''
-extern "C" void dsb_pool_back(const Pool* g, const float* dy, const uint8_t* place, const float* x, const float* stats, const float* sums,
-                              float eps, int batch, float* dx, float* grads, int threads){
+extern "C" void dsb_pool_back(const Pool* g, const number* dy, const uint8_t* place, const number* x, const float* stats, const float* sums,
+                              float eps, int batch, number* dx, float* grads, int threads){
   const long R=(long)g->N*g->H, C=g->C;
   const Fix fix(stats, sums, eps, R*g->W, C, batch, grads);
   if(!dx) return;
@@ -240,13 +240,17 @@ _arguments = dict(dsb_norm_stats='pnipi', dsb_norm_scale='ppfip', dsb_norm='ppni
                   dsb_pool_back='ppppppfippi')
 
 @functools.cache
-def native()->tuple: # (library or None, reason why there is none or '')
-    "The native library, its functions declared"
-    pieces = 'stats scale norm norm_sums norm_back norm_pool pool_lookup pool_back'
-    lib,reason = library('norm', cpp.source(*pieces.split()))
+def native(
+    number:str='float', # what activations are, 'float' or 'bf16'
+)->tuple: # (library or None, reason why there is none or '')
+    "The native library for one type of number, its functions declared"
+    source = cpp.source(*'stats scale norm norm_sums norm_back norm_pool pool_lookup pool_back'.split())
+    lib,reason = library('norm' if number=='float' else f'norm-{number}', numbered(number, source))
     if lib is not None:
         for f,types in _arguments.items(): getattr(lib, f).argtypes = [_letters[o] for o in types]
     return lib,reason
+
+def _library_for(x): return native(number_of(x))[0]
 
 # %% ../../nbs/kernels/06_norm.ipynb #5b49035c
 def _rows(stats, *which): return [stats.data_ptr()+4*stats.shape[1]*i for i in which]   # pointers to rows of (4, C)
@@ -257,44 +261,45 @@ def supports(
 )->str: # '' or the reason why not
     "Can these kernels normalise it?"
     if not x.is_cpu: return f'the norm kernels take CPU tensors, not {x.device.type}'
-    if x.dtype!=torch.float32: return f'the norm kernels compute in float32, not {str(x.dtype)[6:]}'
+    if not number_of(x): return f'the norm kernels compute in float32 and bfloat16, not {str(x.dtype)[6:]}'
     if x.dim()!=4 or not x.is_contiguous(memory_format=torch.channels_last):
         return 'the norm kernels take channels_last images'
     if not x.numel(): return 'the norm kernels take images with something in them'
-    return native()[1]
+    return native(number_of(x))[1]
 
 # %% ../../nbs/kernels/06_norm.ipynb #99d51b34
 def _image(t, like=None):
     "`t` with its numbers in memory; RuntimeError unless it is an image that fits"
     if t is None: return None
-    if like is not None and t.shape!=like.shape:
-        raise RuntimeError(f'a tensor of shape {tuple(t.shape)}: expected {tuple(like.shape)}, the shape of x')
+    if like is not None and (t.shape!=like.shape or t.dtype!=like.dtype):
+        got,want = (f'{tuple(o.shape)}, {o.dtype}' for o in (t, like))
+        raise RuntimeError(f'a tensor of shape {got}: expected {want}, those of x')
     if like is not None and t.dim()==4: t = t.contiguous(memory_format=torch.channels_last)
     if reason := supports(t): raise RuntimeError(reason)
     return in_memory(t, torch.channels_last)
 
 # %% ../../nbs/kernels/06_norm.ipynb #d5dfb78e
 def _channels(t, x, rows=()):
-    "`t` (C,), or (rows, C), with its numbers in memory; RuntimeError unless it fits"
+    "`t` (C,), or (rows, C), in float32 and with its numbers in memory; RuntimeError unless it fits"
     if t is None: return None
     want = *rows,x.shape[1]
-    if t.shape==want and t.dtype==x.dtype and t.device==x.device: return in_memory(t)
+    if t.shape==want and t.dtype in (torch.float32,x.dtype) and t.device==x.device: return in_memory(t).float()
     got = f'a tensor of shape {tuple(t.shape)}, {t.dtype} on {t.device}'
-    raise RuntimeError(f'{got}: expected {want}, {x.dtype} on {x.device}')
+    raise RuntimeError(f'{got}: expected {want}, torch.float32 on {x.device}')
 
 # %% ../../nbs/kernels/06_norm.ipynb #e9fd9035
 def statistics(
-    x:Tensor,      # (N, C, H, W) float32, channels_last
+    x:Tensor,      # (N, C, H, W) float32 or bfloat16, channels_last
     weight:Tensor, # (C,) γ, or None
     bias:Tensor,   # (C,) β, or None
     mean:Tensor,   # (C,) statistics to use; None: those of x
     var:Tensor,    # (C,)
     eps:float,     # added to the variance
-)->Tensor: # (4, C): mean, variance, scale, shift
+)->Tensor: # (4, C) float32: mean, variance, scale, shift
     "What the normalisation of each channel is"
-    x,C,lib = _image(x),x.shape[1],native()[0]
+    x,C,lib = _image(x),x.shape[1],_library_for(x)
     weight,bias,mean,var = (_channels(o, x) for o in (weight,bias,mean,var))
-    stats = x.new_empty(4,C)
+    stats = x.new_empty((4,C), dtype=torch.float32)
     if mean is not None: stats[0],stats[1] = mean,var
     else: lib.dsb_norm_stats(x.data_ptr(), x.numel()//C, C, stats.data_ptr(), torch.get_num_threads())
     lib.dsb_norm_scale(pointer(weight), pointer(bias), eps, C, stats.data_ptr())
@@ -302,7 +307,7 @@ def statistics(
 
 # %% ../../nbs/kernels/06_norm.ipynb #1a1dbdf4
 def norm(
-    x:Tensor,        # (N, C, H, W) float32, channels_last
+    x:Tensor,        # (N, C, H, W) float32 or bfloat16, channels_last
     stats:Tensor,    # (4, C), from `statistics`
     residual:Tensor, # added before the ReLU, like x, or None
     relu:bool,       # end with a ReLU?
@@ -311,7 +316,7 @@ def norm(
     x,C = _image(x),x.shape[1]
     residual,stats,y = _image(residual, x),_channels(stats, x, (4,)),torch.empty_like(x)
     scale,shift = _rows(stats, 2, 3)
-    native()[0].dsb_norm(x.data_ptr(), pointer(residual), x.numel()//C, C, scale, shift, relu, y.data_ptr(),
+    _library_for(x).dsb_norm(x.data_ptr(), pointer(residual), x.numel()//C, C, scale, shift, relu, y.data_ptr(),
                          torch.get_num_threads())
     return y
 
@@ -322,12 +327,12 @@ def norm_sums(
     y:Tensor,     # result of `norm` if it had a residual and a ReLU, else None
     stats:Tensor, # (4, C)
     relu:bool,    # did it end with a ReLU?
-)->Tensor: # (2, C) sums of δ and of δ(x-mean)
+)->Tensor: # (2, C) float32: sums of δ and of δ(x-mean)
     "The sums that the gradients of `norm` are made of"
     x,C = _image(x),x.shape[1]
     dy,y,stats = _image(dy, x),_image(y, x),_channels(stats, x, (4,))
-    sums = x.new_empty(2,C)
-    native()[0].dsb_norm_sums(x.data_ptr(), pointer(y), dy.data_ptr(), x.numel()//C, C, *_rows(stats, 0, 2, 3), relu,
+    sums = torch.empty_like(stats[:2])
+    _library_for(x).dsb_norm_sums(x.data_ptr(), pointer(y), dy.data_ptr(), x.numel()//C, C, *_rows(stats, 0, 2, 3), relu,
                               sums.data_ptr(), torch.get_num_threads())
     return sums
 
@@ -343,12 +348,12 @@ def norm_finish(
     batch:bool,   # were the statistics those of x?
     dx:Tensor,    # to fill, may be dy itself; or None
     dr:Tensor,    # gradient of the residual, to fill; or None
-)->Tensor: # (2, C) gradients of weight and bias
+)->Tensor: # (2, C) float32: gradients of weight and bias
     "Gradients of `norm`, given its sums"
     x,C = _image(x),x.shape[1]
     dy,y,stats,sums = _image(dy, x),_image(y, x),_channels(stats, x, (4,)),_channels(sums, x, (2,))
-    grads,data = x.new_empty(2,C),(x.data_ptr(), pointer(y), dy.data_ptr())
-    native()[0].dsb_norm_back(*data, x.numel()//C, C, stats.data_ptr(), sums.data_ptr(), eps, batch, relu,
+    grads,data = torch.empty_like(sums),(x.data_ptr(), pointer(y), dy.data_ptr())
+    _library_for(x).dsb_norm_back(*data, x.numel()//C, C, stats.data_ptr(), sums.data_ptr(), eps, batch, relu,
                               pointer(dx), pointer(dr), grads.data_ptr(), torch.get_num_threads())
     return grads
 
@@ -364,7 +369,7 @@ def _pool_of(x, kernel, stride, padding):
 
 # %% ../../nbs/kernels/06_norm.ipynb #0a8916f7
 def norm_pool(
-    x:Tensor,      # (N, C, H, W) float32, channels_last
+    x:Tensor,      # (N, C, H, W) float32 or bfloat16, channels_last
     stats:Tensor,  # (4, C), from `statistics`
     kernel:tuple,  # (kh, kw), fewer than 255 places
     stride:tuple,  # (vertical, horizontal)
@@ -374,8 +379,8 @@ def norm_pool(
     x = _image(x)
     stats,(g,shape) = _channels(stats, x, (4,)),_pool_of(x, kernel, stride, padding)
     how = dict(device=x.device, memory_format=torch.channels_last)
-    y,place = (torch.empty(shape, dtype=o, **how) for o in (torch.float32,torch.uint8))
-    native()[0].dsb_norm_pool(ctypes.byref(g), x.data_ptr(), *_rows(stats, 2, 3), y.data_ptr(), place.data_ptr(),
+    y,place = (torch.empty(shape, dtype=o, **how) for o in (x.dtype,torch.uint8))
+    _library_for(x).dsb_norm_pool(ctypes.byref(g), x.data_ptr(), *_rows(stats, 2, 3), y.data_ptr(), place.data_ptr(),
                               torch.get_num_threads())
     return y,place
 
@@ -386,9 +391,10 @@ def _pool_sums(dy, x, y, place, stats, g, eps):
     beta = shift+mean*scale
     sums = norm_sums(dy, y, y, torch.stack([beta, var, scale, shift]), True)
     sums[1] /= scale
+    close = .01 if x.dtype==torch.float32 else .25
     gamma = scale.abs()*(var+eps).sqrt()
-    for c in ((gamma<.01*beta.abs())|(gamma<1e-4)).nonzero().flatten().tolist():
-        native()[0].dsb_pool_lookup(ctypes.byref(g), *map(pointer, (dy, place, x, stats)), c, sums[1,c].data_ptr())
+    for c in ((gamma<close*beta.abs())|(gamma<1e-4)).nonzero().flatten().tolist():
+        _library_for(x).dsb_pool_lookup(ctypes.byref(g), *map(pointer, (dy, place, x, stats)), c, sums[1,c].data_ptr())
     return sums
 
 # %% ../../nbs/kernels/06_norm.ipynb #0b0ff680
@@ -402,7 +408,7 @@ def norm_pool_backward(
     eps:float,     # added to the variance
     batch:bool,    # were the statistics those of x?
     need_x:bool,   # want the input gradient?
-)->tuple: # (dx like x or None, (2, C) gradients of weight and bias)
+)->tuple: # (dx like x or None, (2, C) float32: gradients of weight and bias)
     "Gradients of `norm_pool`"
     x,(g,shape) = _image(x),_pool_of(x, kernel, stride, padding)
     if y.shape!=shape or place.shape!=shape:
@@ -410,7 +416,7 @@ def norm_pool_backward(
     dy,y,stats = _image(dy, y),_image(y),_channels(stats, x, (4,))
     place = place.contiguous(memory_format=torch.channels_last)
     sums = _pool_sums(dy, x, y, place, stats, g, eps)
-    dx,grads = torch.empty_like(x) if need_x else None,x.new_empty(2, x.shape[1])
-    native()[0].dsb_pool_back(ctypes.byref(g), *map(pointer, (dy, place, x, stats, sums)), eps, batch, pointer(dx),
+    dx,grads = torch.empty_like(x) if need_x else None,torch.empty_like(sums)
+    _library_for(x).dsb_pool_back(ctypes.byref(g), *map(pointer, (dy, place, x, stats, sums)), eps, batch, pointer(dx),
                               grads.data_ptr(), torch.get_num_threads())
     return dx,grads

@@ -20,7 +20,7 @@ from ..structure.blocks import ShuffledBlocks
 cpp = Pieces('nbs/kernels/04_packing.ipynb', vectors.cpp)
 
 # %% ../../nbs/kernels/04_packing.ipynb #ec6a92ed
-_geometry = 'N C H W O Ho Wo kh kw sh sw ph pw dh dw cl nb bands band_rows halo Ws phases plane direct'.split()
+_geometry = 'N C H W O Ho Wo kh kw sh sw ph pw dh dw cl nb bands band_rows halo Ws phases plane direct half'.split()
 
 class Geometry(ctypes.Structure):
     "The sizes of a call"
@@ -93,71 +93,71 @@ static void output_segments(const Geo& g, int h0, int h1, std::vector<Seg>& out)
 # %% ../../nbs/kernels/04_packing.ipynb #a1168aff
 cpp('grid', 'vectors', r'''
 struct View { long image; int C, nb, nv, step; bool far; };   // image i, pixel q, channel c at x[i*image + q*C + c]
-struct Grid { float* p[4]; long far[4];                       // V places: one of four pointers, and how far beyond it
-  ALWAYS float* operator()(int i) const { return p[i%4]+far[i/4]; }
+template<class X> struct Grid { X* p[4]; long far[4];         // V places: one of four pointers, and how far beyond it
+  ALWAYS X* operator()(int i) const { return p[i%4]+far[i/4]; }
   ALWAYS Grid plus(long o) const { return {{p[0]+o, p[1]+o, p[2]+o, p[3]+o}, {far[0], far[1], far[2], far[3]}}; } };
-INL Grid planes(float* d, long plane){ return {{d, d+plane, d+2*plane, d+3*plane}, {0, 4*plane, 8*plane, 12*plane}}; }
+template<class D> INL Grid<D> planes(D* d, long plane){ return {{d, d+plane, d+2*plane, d+3*plane}, {0, 4*plane, 8*plane, 12*plane}}; }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #7de37d37
 cpp('lanes', 'grid segment', r'''
-template<class F, class G> INL void lanes(float* x, const View& v, const std::vector<Seg>& segs, F whole, G part){
+template<class X, class F, class G> INL void lanes(X* x, const View& v, const std::vector<Seg>& segs, F whole, G part){
   const int shift=__builtin_ctz(v.nb), mask=v.nb-1;
   for(const Seg& s: segs) for(int l=0; l<s.n*v.nb; l+=V){
     auto at = [&](int t){ return x+((l+t)&mask)*v.image+(s.src+(long)((l+t)>>shift)*v.step)*v.C; };
     const int n=std::min<int>(V, s.n*v.nb-l);
     if(n==V && v.nv==v.nb && v.C>=V){
-      Grid g; for(int j=0; j<4; j++) g.p[j]=at(j);
+      Grid<X> g; for(int j=0; j<4; j++) g.p[j]=at(j);
       for(int j=0; j<V/4; j++) g.far[j]=at(4*j)-at(0);
       whole(g, s.dst+l); }
-    else { float* p[V]; for(int t=0; t<n; t++) p[t] = ((l+t)&mask)<v.nv ? at(t) : nullptr;
+    else { X* p[V]; for(int t=0; t<n; t++) p[t] = ((l+t)&mask)<v.nv ? at(t) : nullptr;
       part(p, n, s.dst+l); } } }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #e9b7537a
-cpp('pack_cl', 'lanes transpose positive affine', r'''
-template<bool affine> static void pack_cl(const float* x, const View& v, const std::vector<Seg>& segs, float* d, long plane, const Affine* f){
-  lanes((float*)x, v, segs, [&](const Grid& g, long dst){
+cpp('pack_cl', 'lanes columns positive affine', r'''
+template<bool affine, class X, class D> static void pack_cl(const X* x, const View& v, const std::vector<Seg>& segs, D* d, long plane, const Affine* f){
+  lanes((X*)x, v, segs, [&](const Grid<X>& g, long dst){
     for(int c0=0; c0<v.C; c0+=V){
       const int c=std::min(c0, v.C-V);                        // the last V channels may overlap those before
-      const Grid from=g.plus(c), to=planes(d+dst+c*plane, plane);
-      transpose(from, [&](int i, vec o){ if(affine) o = positive(o*f->scale[c+i]+f->shift[c+i]); store(to(i), o); }); } },
-  [&](float** p, int n, long dst){ for(int c=0; c<v.C; c++) for(int t=0; t<n; t++){
-    float o = p[t] ? p[t][c] : 0.f;
+      const auto from=g.plus(c); const auto to=planes(d+dst+c*plane, plane);
+      columns<X>(from, [&](int i, vec o){ if(affine) o = positive(o*f->scale[c+i]+f->shift[c+i]); store(to(i), o); }); } },
+  [&](X** p, int n, long dst){ for(int c=0; c<v.C; c++) for(int t=0; t<n; t++){
+    float o = p[t] ? (float)p[t][c] : 0.f;
     if(affine && p[t]){ o = o*f->scale[c]+f->shift[c]; o = o<0 ? 0 : o; }
     d[dst+c*plane+t] = o; } }); }
-static void pack_cl(const float* x, const View& v, const std::vector<Seg>& segs, float* d, long plane, const Affine* f=nullptr){
+template<class X, class D> static void pack_cl(const X* x, const View& v, const std::vector<Seg>& segs, D* d, long plane, const Affine* f=nullptr){
   f ? pack_cl<true>(x, v, segs, d, plane, f) : pack_cl<false>(x, v, segs, d, plane, f); }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #c20be74e
 cpp('unpack_cl', 'lanes transpose stream', r'''
-static void unpack_cl(const float* d, long plane, const View& v, const std::vector<Seg>& segs, float* x){
-  const bool far = v.far && v.C%V==0 && (uintptr_t)x%(4*V)==0;
-  lanes(x, v, segs, [&](const Grid& g, long dst){
+template<class X> static void unpack_cl(const float* d, long plane, const View& v, const std::vector<Seg>& segs, X* x){
+  const bool far = sizeof(X)==4 && v.far && v.C%V==0 && (uintptr_t)x%(4*V)==0;
+  lanes(x, v, segs, [&](const Grid<X>& g, long dst){
     for(int c0=0; c0<v.C; c0+=V){
       const int c=std::min(c0, v.C-V);
-      const Grid from=planes((float*)d+dst+c*plane, plane), to=g.plus(c);
+      const auto from=planes((float*)d+dst+c*plane, plane); const auto to=g.plus(c);
       if(far) transpose(from, [&](int i, vec o){ stream(to(i), o); });
       else    transpose(from, [&](int i, vec o){ store(to(i), o); }); } },
-  [&](float** p, int n, long dst){ for(int c=0; c<v.C; c++) for(int t=0; t<n; t++) if(p[t]) p[t][c] = d[dst+c*plane+t]; }); }
+  [&](X** p, int n, long dst){ for(int c=0; c<v.C; c++) for(int t=0; t<n; t++) if(p[t]) p[t][c] = d[dst+c*plane+t]; }); }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #a91b13b2
 cpp('unpack_delta', 'lanes transpose positive stream affine', r'''
-static void unpack_delta(const float* d, long plane, const View& v, const std::vector<Seg>& segs, float* out, const float* x,
-                         const Affine& f, float* sums){       // sums: of δ, then of δ(x-μ)
-  const bool far = v.far && (uintptr_t)out%(4*V)==0;
-  lanes(out, v, segs, [&](const Grid& g, long dst){
+template<class X> static void unpack_delta(const float* d, long plane, const View& v, const std::vector<Seg>& segs, X* out, const X* x,
+                                           const Affine& f, float* sums){   // sums: of δ, then of δ(x-μ)
+  const bool far = sizeof(X)==4 && v.far && (uintptr_t)out%(4*V)==0;
+  lanes(out, v, segs, [&](const Grid<X>& g, long dst){
     for(int c=0; c<v.C; c+=V){
-      const Grid from=planes((float*)d+dst+c*plane, plane), to=g.plus(c);
+      const auto from=planes((float*)d+dst+c*plane, plane); const auto to=g.plus(c);
       const vec s=load(f.scale+c), t=load(f.shift+c), m=load(f.mean+c);
       vec a=load(sums+c), b=load(sums+v.C+c);
       transpose(from, [&](int i, vec o){
         const vec w=load(x+(to(i)-out)), e=where_positive(w*s+t, o);
         a+=e; b+=e*(w-m); if(far) stream(to(i), e); else store(to(i), e); });
       store(sums+c, a); store(sums+v.C+c, b); } },
-  [&](float** p, int n, long dst){ for(int t=0; t<n; t++) if(p[t]) for(int c=0; c<v.C; c++){
+  [&](X** p, int n, long dst){ for(int t=0; t<n; t++) if(p[t]) for(int c=0; c<v.C; c++){
     const float w=x[p[t]-out+c], e = w*f.scale[c]+f.shift[c]<=0 ? 0 : d[dst+c*plane+t];
     sums[c]+=e; sums[v.C+c]+=e*(w-f.mean[c]); p[t][c]=e; } }); }
 ''')
@@ -171,12 +171,12 @@ static bool one_run(const View& v, const std::vector<Seg>& s, int w){   // rows 
 
 # %% ../../nbs/kernels/04_packing.ipynb #d5d5728d
 cpp('flat', 'one_run interleave stream', r'''
-template<int nb, bool in> INL void flat(float* x, const View& v, const std::vector<Seg>& segs, float* d){
-  const bool far = v.far && v.image%V==0 && (uintptr_t)(x+segs[0].src)%(4*V)==0;
+template<int nb, bool in, class X, class D> INL void flat(X* x, const View& v, const std::vector<Seg>& segs, D* d){
+  const bool far = sizeof(X)==4 && v.far && v.image%V==0 && (uintptr_t)(x+segs[0].src)%(4*V)==0;
   const int w=V/nb, n=segs[0].n; const long total=(long)n*segs.size();
   x += segs[0].src;
   long f=0, r=0; int j=0;                                     // pixel, its row and place in the row
-  auto place = [&]{ float* q=d+segs[r].dst+(long)j*nb; if((j+=w)==n){ j=0; r++; } return q; };
+  auto place = [&]{ D* q=d+segs[r].dst+(long)j*nb; if((j+=w)==n){ j=0; r++; } return q; };
   for(; f+V<=total; f+=V){
     vec t[nb];
     if(in){ UNROLL for(int i=0; i<nb; i++) t[i] = load(x+i*v.image+f);
@@ -186,13 +186,13 @@ template<int nb, bool in> INL void flat(float* x, const View& v, const std::vect
       deinterleave<nb>(t);
       UNROLL for(int i=0; i<nb; i++) if(far) stream(x+i*v.image+f, t[i]); else store(x+i*v.image+f, t[i]); } }
   for(; f<total; f++) for(int i=0; i<nb; i++){
-    float *a=x+i*v.image+f, *q=d+segs[f/n].dst+f%n*nb+i;
+    X* a=x+i*v.image+f; D* q=d+segs[f/n].dst+f%n*nb+i;
     if(in) *q=*a; else *a=*q; } }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #3984d0cd
-cpp('copy', 'vectors', r'''
-INL void copy(float* d, const float* s, long n){
+cpp('copy', 'bf16', r'''
+template<class D, class S> INL void copy(D* d, const S* s, long n){
   if(n<V){ for(long i=0; i<n; i++) d[i]=s[i]; return; }
   for(long i=0; i<n-V; i+=V) store(d+i, load(s+i));
   store(d+n-V, load(s+n-V)); }
@@ -200,39 +200,39 @@ INL void copy(float* d, const float* s, long n){
 
 # %% ../../nbs/kernels/04_packing.ipynb #cf69082d
 cpp('channel', 'flat copy', r'''
-template<bool in> static void channel(float* x, const View& v, const std::vector<Seg>& segs, float* d){
+template<bool in, class X, class D> static void channel(X* x, const View& v, const std::vector<Seg>& segs, D* d){
   if(v.nb==1 && v.step==1){ for(const Seg& s: segs) if(in) copy(d+s.dst, x+s.src, s.n); else copy(x+s.src, d+s.dst, s.n); return; }
   if(v.nb==2 && one_run(v,segs,V/2)) return flat<2,in>(x,v,segs,d);
   if(v.nb==4 && one_run(v,segs,V/4)) return flat<4,in>(x,v,segs,d);
   if(V>=8  && v.nb==8  && one_run(v,segs,V/8))  return flat<V<8?V:8,in>(x,v,segs,d);
   if(V>=16 && v.nb==16 && one_run(v,segs,V/16)) return flat<V<16?V:16,in>(x,v,segs,d);
   for(const Seg& s: segs) for(int j=0; j<s.n; j++) for(int i=0; i<v.nb; i++){
-    float *q=d+s.dst+(long)j*v.nb+i, *a=x+i*v.image+s.src+(long)j*v.step;
-    if(in) *q = i<v.nv ? *a : 0.f; else if(i<v.nv) *a=*q; } }
+    D* q=d+s.dst+(long)j*v.nb+i; X* a=x+i*v.image+s.src+(long)j*v.step;
+    if(in) *q = i<v.nv ? (float)*a : 0.f; else if(i<v.nv) *a=*q; } }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #c1bf82e1
 cpp('pack_nchw', 'channel', r'''
-static void pack_nchw(const float* x, long HW, const View& v, const int* rows, const std::vector<Seg>& segs, float* d, long plane){
-  for(int c=0; c<v.C; c++) if(!rows || rows[c]>=0) channel<true>((float*)x+(rows?rows[c]:c)*HW, v, segs, d+c*plane); }
+template<class X, class D> static void pack_nchw(const X* x, long HW, const View& v, const int* rows, const std::vector<Seg>& segs, D* d, long plane){
+  for(int c=0; c<v.C; c++) if(!rows || rows[c]>=0) channel<true>((X*)x+(rows?rows[c]:c)*HW, v, segs, d+c*plane); }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #1742fb63
 cpp('unpack_nchw', 'channel', r'''
-static void unpack_nchw(const float* d, long plane, long HW, const View& v, const int* rows, const std::vector<Seg>& segs, float* x){
+template<class X> static void unpack_nchw(const float* d, long plane, long HW, const View& v, const int* rows, const std::vector<Seg>& segs, X* x){
   for(int c=0; c<v.C; c++) if(!rows || rows[c]>=0) channel<false>(x+(rows?rows[c]:c)*HW, v, segs, (float*)d+c*plane); }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #4f0bb27e
-cpp('tiled', 'scratch structure', r'''
-static const float* tiled(const Str& s, const float* values, int T){   // weights as [group][8 rows][column][8], columns in kernel order
+cpp('tiled', 'scratch structure bf16', r'''
+template<class X> static const float* tiled(const Str& s, const float* values, int T){   // weights as [group][8 rows][column][8], columns in kernel order
   float* w=scratch.get(4, (long)s.ptr[s.G]*s.B);
   #pragma omp parallel for num_threads(T) schedule(static) if(T>1)
   for(int t=0; t<s.G; t++){
     const long k0=s.ptr[t], K=s.ptr[t+1]-k0; float* wt=w+k0*s.B;
     for(long k=0; k<K; k++){
       const float* v=values+(s.order ? (long)s.order[k0+k] : k0+k)*s.B;
-      for(int r=0; r<s.B; r+=8) memcpy(wt+r*K+k*8, v+r, 32); } }
+      for(int r=0; r<s.B; r+=8) for(int i=0; i<8; i++) wt[r*K+k*8+i]=(X)v[r+i]; } }
   return w; }
 ''')
 
@@ -252,9 +252,9 @@ static View output_view(const Geo& g, int nv, int C){ return {(long)g.O*g.Ho*g.W
 
 # %% ../../nbs/kernels/04_packing.ipynb #a999c99a
 cpp('pack_input', 'input_segments views unit scratch structure pack_cl pack_nchw', r'''
-static const float* pack_input(const Geo& g, const Str& s, const Unit& u, const float* x, const Affine* f){
+template<class X> static const float* pack_input(const Geo& g, const Str& s, const Unit& u, const X* x, const Affine* f){
   x += (long)u.b*g.nb*g.C*g.H*g.W;
-  if(g.direct) return x;
+  if(g.direct) return (const float*)x;
   float* xs=scratch.get(0, (long)g.plane*g.C);
   if(scratch.fresh(0, g, u.h0, u.h1)) memset(xs, 0, 4L*g.plane*g.C);
   std::vector<Seg> segs; input_segments(g, s.phase, u.h0, u.h1+g.halo, segs);
@@ -325,12 +325,12 @@ def _lay_out(g:dict, lanes:int, threads:int):
     nb,bands = _plan(g, lanes, threads)
     g |= dict(nb=nb, bands=bands, band_rows=-(-g['Ho']//bands))
     whole = nb*bands*g['sh']*g['sw']==1 and g['ph']==g['pw']==0
-    g['direct'] = int(whole and not g['cl'] and g['Wo']%lanes==0)
+    g['direct'] = int(whole and not g['cl'] and not g['half'] and g['Wo']%lanes==0)
     lines = -(-g['phases']*(g['band_rows']+g['halo'])*g['Ws']*nb//16)
     g['plane'] = g['H']*g['W'] if g['direct'] else 16*(lines+1-lines%2)
 
 # %% ../../nbs/kernels/04_packing.ipynb #cc6c8645
-def _call_geometry(s, a, N, C, H, W, cl, lanes, threads)->dict:
+def _call_geometry(s, a, N, C, H, W, cl, half, lanes, threads)->dict:
     "Geometry of one call"
     (kh,kw),(sh,sw),(ph,pw),(dh,dw),_ = a
     if min(kh, kw, sh, sw, dh, dw, ph+1, pw+1)<1:
@@ -338,7 +338,7 @@ def _call_geometry(s, a, N, C, H, W, cl, lanes, threads)->dict:
     if kh*kw*sh*sw==1 and ph==pw==0: H,W = _refold(H, W, lanes)
     (Ho,Wo),phases = a.out_size(H, W),math.prod(map(len, _phases(a)))
     g = dict(N=N, C=C, H=H, W=W, O=s.shape[0], Ho=Ho, Wo=Wo, kh=kh, kw=kw, sh=sh, sw=sw, ph=ph, pw=pw, dh=dh, dw=dw,
-             cl=int(cl or H*W*Ho*Wo==1), halo=(kh-1)*dh//sh, Ws=Wo+(kw-1)*dw//sw, phases=phases)
+             cl=int(cl or H*W*Ho*Wo==1), halo=(kh-1)*dh//sh, Ws=Wo+(kw-1)*dw//sw, phases=phases, half=int(half))
     _lay_out(g, lanes, threads)
     if max(*g.values(), g['plane']*C)<2**31: return g
     raise RuntimeError(f'an input of {N}×{C}×{H}×{W} is too large for the cpu kernels; use dsb.backend("reference")')
@@ -373,9 +373,10 @@ def tables(
     N:int, C:int, H:int, W:int, # shape of the input
     cl:bool,          # channels_last?
     lanes:int,        # floats in a vector
+    half:bool=False,  # bfloat16?
 )->tuple: # (Geometry, Structure, is every pixel of x in the scratch?, tensors kept alive)
     "What the native functions need beside the data; those of the last eight shapes stay with the structure"
-    memo,key = s.cache.setdefault('cpu', {}),(a, N, C, H, W, cl, torch.get_num_threads())
+    memo,key = s.cache.setdefault('cpu', {}),(a, N, C, H, W, cl, half, torch.get_num_threads())
     found = memo.get(key)
     if found is None:
         found = _new_tables(s, lanes, *key)
@@ -385,8 +386,8 @@ def tables(
     return found
 
 # %% ../../nbs/kernels/04_packing.ipynb #d6f4cb6b
-def _new_tables(s, lanes, a, N, C, H, W, cl, threads):
-    g = _call_geometry(s, a, N, C, H, W, cl, lanes, threads)
+def _new_tables(s, lanes, a, N, C, H, W, cl, half, threads):
+    g = _call_geometry(s, a, N, C, H, W, cl, half, lanes, threads)
     (order,_,_,taps),(ra,rb) = _order(s, *a.kernel_size),_phases(a)
     phase = _int32([(o,p) for o in ra for p in rb])
     keep = s.rows.clone(), s.group_ptr.clone(), order, taps, _offsets(s, a, g), phase
