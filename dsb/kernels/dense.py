@@ -13,10 +13,12 @@ from .reference import ConvArgs, dense_wgrad, fits, is_channels_last
 from ..structure.blocks import ShuffledBlocks
 
 # %% ../../nbs/kernels/08_dense.ipynb #fde95c37
-def _weight(values, s, a):
-    "The dense weight"
-    w = s.scatter(values)
+def _weight(values, s, a, like):
+    "The dense weight, in the type of the activations"
+    w = s.scatter(values.to(like.dtype))
     return w if a is None else w.view(s.shape[0], -1, *a.kernel_size)
+
+def _bias(bias, like): return bias if bias is None else bias.to(like.dtype)
 
 def _in_format_of(x, y):
     "`y` in the memory format of `x`, NCHW or channels_last"
@@ -41,7 +43,7 @@ def conv2d(
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "Convolution with the dense weight"
     fits(x, values, bias, s, a)
-    return _in_format_of(x, F.conv2d(x, _weight(values, s, a), bias, *a[1:]))
+    return _in_format_of(x, F.conv2d(x, _weight(values, s, a, x), _bias(bias, x), *a[1:]))
 
 def linear(
     x:Tensor,         # (M, K)
@@ -51,7 +53,7 @@ def linear(
 )->Tensor: # (M, O)
     "x @ Wᵀ + bias with the dense weight"
     fits(x, values, bias, s)
-    return F.linear(x, _weight(values, s, None), bias)
+    return F.linear(x, _weight(values, s, None, x), _bias(bias, x))
 
 # %% ../../nbs/kernels/08_dense.ipynb #27e9d346
 def conv2d_backward(
@@ -66,8 +68,9 @@ def conv2d_backward(
     "Both gradients of `conv2d`"
     fits(x, values, None, s, a, dy)
     how = *a[1:4],False,[0,0],a.groups,[need_x,need_values,False]
-    dx,dW,_ = torch.ops.aten.convolution_backward(dy, x, _weight(values, s, a), None, *how)
-    return _in_format_of(x, dx) if need_x else None,s.gather(dW.flatten(1)) if need_values else None
+    dx,dW,_ = torch.ops.aten.convolution_backward(dy, x, _weight(values, s, a, x), None, *how)
+    dv = s.gather(dW.flatten(1)).to(values.dtype) if need_values else None
+    return _in_format_of(x, dx) if need_x else None,dv
 
 def linear_backward(
     dy:Tensor,         # (M, O) gradient of the output
@@ -79,4 +82,5 @@ def linear_backward(
 )->tuple: # (dx (M, K) or None, dvalues like `values` or None)
     "Both gradients of `linear`"
     fits(x, values, None, s, None, dy)
-    return dy @ _weight(values, s, None) if need_x else None,s.gather(dense_wgrad(dy, x, s)) if need_values else None
+    dv = s.gather(dense_wgrad(dy, x, s)).to(values.dtype) if need_values else None
+    return dy @ _weight(values, s, None, x) if need_x else None,dv
