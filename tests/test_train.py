@@ -6,7 +6,7 @@ from dsb.training.data import load_data
 from dsb.training.train import restored
 
 TIMES = 'seconds', 'step_ms'      # of a summary, never the same
-RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_val 48 --n_test 64 '
+RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --initial_ratio 3 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_val 48 --n_test 64 '
        '--lr 0.05 --seed 3 --device cpu').split()
 
 def start(root, *argv):
