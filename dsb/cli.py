@@ -427,12 +427,13 @@ def _pair(loss, acc):
     "Loss and accuracy in a run's table, blank where there was no evaluation"
     return ' '*21 if acc is None else f"{loss:>11.4f}{acc:>10.2%}"
 
-def _run_row(r, best):
+def _run_row(r, best, pruned):
     "One epoch of a run's table"
     val = _pair(r['val_loss'], r['val_acc']) if 'val_acc' in r else ''
+    density = f"{r['density']:>9.2%}" if pruned else ''
     moved, star = sum(u['net_changed'] for u in r['updates']), ' best' if r['epoch'] == best else ''
     return (f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{val}"
-            f"{_pair(r['test_loss'], r['test_acc'])}{moved:>8}{star}")
+            f"{_pair(r['test_loss'], r['test_acc'])}{density}{moved:>8}{star}")
 
 # %% ../nbs/06_cli.ipynb #8adf2ff0
 def _run_table(head, ck):
@@ -441,10 +442,12 @@ def _run_table(head, ck):
     every, by = max(1, len(h)//10), _judged_by(ck['history'])
     val = f"{'val loss':>11}{'val acc':>10}" if by == 'validation' else ''
     test = f"{'test loss':>11}{'test acc':>10}"
-    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{val}{test}{'moved':>8}"
+    pruned = any(u.get('pruned') for r in h for u in r['updates'])
+    density = f"{'density':>9}" if pruned else ''
+    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{val}{test}{density}{'moved':>8}"
     shown = [r for r in h if r['epoch'] % every == 0 or r is h[-1] or r['epoch'] == best]
     chosen = [f"best epoch by {by} accuracy: {best}"] if best else []
-    return '\n'.join([head, '', names, *(_run_row(r, best) for r in shown), *chosen, ''])
+    return '\n'.join([head, '', names, *(_run_row(r, best, pruned) for r in shown), *chosen, ''])
 
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
