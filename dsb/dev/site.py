@@ -39,8 +39,8 @@ def page_name(
 # %% ../../nbs/dev/01_site.ipynb #2763dd81
 SECTIONS = {
     'index':'', 'tutorials':'Tutorials', 'core':'Core', 'structure':'Structure', 'kernels':'Kernels', '.':'Library',
-    'training':'Training', 'bench':'Benchmarks', 'cli':'Interface', 'init':'Interface', 'dev':'Development',
-    'explanations':'Explanations'}
+    'training':'Training', 'production':'Production', 'bench':'Benchmarks', 'cli':'Interface', 'init':'Interface',
+    'dev':'Development', 'explanations':'Explanations'}
 
 def section_of(
     nb:str, # path of a notebook, seen from the notebooks' folder
