@@ -238,7 +238,7 @@ template<class D> INL Tiles input_tiles(int B){ return {PX<D> == 2 && B%16==0 ? 
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #4f0bb27e
-cpp('tiled', 'scratch structure tiles_of', r'''
+cpp('tiled', 'scratch structure tiles_of chunks', r'''
 template<class X> static const stored<X>* tiled(const Str& s, const float* values, Tiles tiles, int T){   // columns in kernel order
   stored<X>* w=(stored<X>*)scratch.get(4, (long)s.ptr[s.G]*s.B);
   #pragma omp parallel for num_threads(T) schedule(static) if(T>1)
@@ -246,9 +246,12 @@ template<class X> static const stored<X>* tiled(const Str& s, const float* value
     const long k0=s.ptr[t], K=s.ptr[t+1]-k0; stored<X>* wt=w+k0*s.B;
     for(long k=0; k<K; k++){
       const float* v=values+(s.order ? (long)s.order[k0+k] : k0+k)*s.B;
+      X row[64];
+      if(sizeof(X)==2) chunks(s.B, [&](int r, auto n){ storen(row+r, loadn(v+r, n), n); });
       for(int r=0; r<s.B; r+=8){
         stored<X>* o=wt+tiles.at(r,k,K);
-        for(int i=0; i<8; i++) o[i*tiles.cols]=(X)v[r+i]; } } }
+        if constexpr(sizeof(X)==4) memcpy(o, v+r, 32);
+        else for(int i=0; i<8; i++) o[i*tiles.cols]=row[r+i]; } } }
   return w; }
 ''')
 

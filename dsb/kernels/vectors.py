@@ -56,7 +56,7 @@ INL vec where_positive(vec z, vec v){ return z<=0 ? vec{} : v; }
 cpp('halves', 'vectors', r'''
 typedef uint16_t hvec __attribute__((vector_size(2*V), may_alias));
 typedef uint32_t wvec __attribute__((vector_size(4*V), may_alias));
-INL wvec round_up(wvec u){ return u+0x7fff+(u>>16&1); }       // what is cut off afterwards was at most a half
+template<class U> INL U round_up(U u){ return u+0x7fff+(u>>16&1); }   // what is cut off afterwards was at most a half
 INL wvec extend(hvec h){                                      // the same bits, zeros above them
 #if defined(__AVX512F__)
   return (wvec)_mm512_cvtepu16_epi32((__m256i)h);
@@ -87,7 +87,7 @@ INL hvec narrow(vec v){
 cpp('bf16', 'halves', r'''
 struct bf16 { uint16_t bits;
   bf16()=default;
-  bf16(float f){ hvec h=narrow(vec{}+f); bits=h[0]; }
+  bf16(float f){ uint32_t u; memcpy(&u, &f, 4); bits=(f!=f ? u|0x400000 : round_up(u))>>16; }
   operator float() const { const uint32_t u=(uint32_t)bits<<16; float f; memcpy(&f, &u, 4); return f; } };
 INL vec  load(const bf16* p){ hvec h; memcpy(&h, p, sizeof h); return widen(h); }
 INL void store(bf16* p, vec v){ const hvec h=narrow(v); memcpy(p, &h, sizeof h); }
