@@ -157,7 +157,10 @@ def _data_options():
         option('--data_dir', "where the data is, or is to be put; default ./data, then .", 'DIR'),
         option('--model', f"one of {', '.join(MODELS)}, or any wrn-depth-width"),
         option('--dropout', "dropout inside the blocks of a wrn (the original has 0.3)", 'P'),
-        option('--n_train', "use only N training images"),
+        option('--n_train', "use only N training images, of those that --n_val leaves"),
+        option('--n_val', "keep N training images apart for validation and choose the best epoch on them, not on the "
+               "test images; the last N, or N evenly spaced ones of tinyimagenet and imagenet, which are sorted by "
+               "class"),
         option('--n_test', "use only N test images")]
 
 # %% ../nbs/06_cli.ipynb #f6c75987
@@ -183,6 +186,9 @@ def _update_options():
         option('--T', "steps between two updates of the structure"),
         option('--T_end', f"step at which updates end; default: {SETTINGS['T_end'].default} or three quarters of "
                "the run, whichever comes first"),
+        option('--initial_ratio', "weights at the start over those at the end: 3 begins with three times the "
+               "weights, never more than there are, and prunes the least at updates; 1: constant", 'R'),
+        option('--prune_end', "step by which that is done; default: half of the run"),
         option('--alpha', "share of the active weights to drop at the first update; falls to 0 along a cosine"),
         option('--rule', "of dsb: cover (default), columns, saliency, swap or paper, the published one"),
         option('--grow', "what growth goes by: gradient, norm (a bound that needs no dense gradient) or random; "
@@ -335,10 +341,20 @@ def _ready(given, recipe):
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 # %% ../nbs/06_cli.ipynb #9f12a7be
-def _slow(t):
-    "A sentence about layers that only the reference can compute, or nothing"
+def _as_run(t):
+    "The summary of a run's model as its steps compute it"
+    import torch
     from dsb.sparsify import summary
-    why = [r.note for r in summary(t.model).rows if r.computed=='reference']
+    with torch.autocast(t.device.type, torch.bfloat16, enabled=t.config.amp): return summary(t.model)
+
+def _slow(s):
+    "A sentence about layers that only the reference can compute, or nothing; what it says need not be warned of again"
+    import warnings
+    from dsb.ops import warn_slow
+    why = [r.note for r in s.rows if r.computed=='reference']
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for o in {*why} - {''}: warn_slow(o)
     if not why: return ''
     return f"\nslow: {len(why)} layers are computed by plain torch, several times slower ({why[0]}); see dsb show"
 
@@ -351,14 +367,17 @@ def _headline(t, kept):
     if kept: where += ', freed memory kept'
     if t.world > 1: where += f" in each of {t.world} processes"
     what = f"epochs {t.epoch+1} to {t.config.epochs} of {t.steps_per_epoch} steps"
-    return f"{t.config.title}\n{what}, {where}, in {t.out}{_slow(t)}"
+    s = _as_run(t)
+    return f"{t.config.title}\n{what}, {where}, in {t.out}\n{s.computed()}{_slow(s)}"
 
 # %% ../nbs/06_cli.ipynb #0625cdf5
 def _outcome(r, out):
     "The result of a run in a line"
-    best = f"best test accuracy {r['best_acc']:.2%} (epoch {r['best_epoch']}), last {r['final_acc']:.2%}"
+    val = f"validation {r['best_val_acc']:.2%}, " if 'best_val_acc' in r else ''
+    by = 'validation' if val else 'test'
+    best = f"best epoch by {by} accuracy: {r['best_epoch']} ({val}test {r['best_acc']:.2%})"
     pictures = 'curves.png' if r['method'] in DENSE else 'curves.png and masks.png'
-    return f"{best}, {r['seconds']:.0f} s; see {out}/{pictures}"
+    return f"{best}, last test {r['final_acc']:.2%}, {r['seconds']:.0f} s; see {out}/{pictures}"
 
 # %% ../nbs/06_cli.ipynb #814de8a6
 def _train(t, keep):
@@ -400,31 +419,48 @@ def train_command(
     except KeyboardInterrupt as e: return _stopped(e, 'stopped before the first step')
 
 # %% ../nbs/06_cli.ipynb #b078c072
-def _run_row(r, best):
+def _judged_by(history):
+    "What the best epoch of a run was chosen by"
+    return 'validation' if any('val_acc' in r for r in history) else 'test'
+
+def _pair(loss, acc):
+    "Loss and accuracy in a run's table, blank where there was no evaluation"
+    return ' '*21 if acc is None else f"{loss:>11.4f}{acc:>10.2%}"
+
+def _run_row(r, best, pruned):
     "One epoch of a run's table"
-    test = ' '*21 if r['test_acc'] is None else f"{r['test_loss']:>11.4f}{r['test_acc']:>10.2%}"
+    val = _pair(r['val_loss'], r['val_acc']) if 'val_acc' in r else ''
+    density = f"{r['density']:>9.2%}" if pruned else ''
     moved, star = sum(u['net_changed'] for u in r['updates']), ' best' if r['epoch'] == best else ''
-    return f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{test}{moved:>8}{star}"
+    return (f"{r['epoch']:>6}{r['lr']:>9.3g}{r['train_loss']:>12.4f}{r['train_acc']:>11.2%}{val}"
+            f"{_pair(r['test_loss'], r['test_acc'])}{density}{moved:>8}{star}")
 
 # %% ../nbs/06_cli.ipynb #8adf2ff0
 def _run_table(head, ck):
     "The history of a run, about ten lines of it"
     h, best = ck['history'], ck['best']['epoch']
-    every = max(1, len(h)//10)
-    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{'test loss':>11}{'test acc':>10}{'moved':>8}"
+    every, by = max(1, len(h)//10), _judged_by(ck['history'])
+    val = f"{'val loss':>11}{'val acc':>10}" if by == 'validation' else ''
+    test = f"{'test loss':>11}{'test acc':>10}"
+    pruned = any(u.get('pruned') for r in h for u in r['updates'])
+    density = f"{'density':>9}" if pruned else ''
+    names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{val}{test}{density}{'moved':>8}"
     shown = [r for r in h if r['epoch'] % every == 0 or r is h[-1] or r['epoch'] == best]
-    return '\n'.join([head, '', names, *(_run_row(r, best) for r in shown), ''])
+    chosen = [f"best epoch by {by} accuracy: {best}"] if best else []
+    return '\n'.join([head, '', names, *(_run_row(r, best, pruned) for r in shown), *chosen, ''])
 
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
     "What is to be said of a run; its pictures are drawn on the way"
+    import torch
     from dsb.sparsify import summary
     from dsb.training.train import draw_run, restored
     c, model = TrainConfig(**ck['config']), restored(ck)
     try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
     except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
     head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
-    return '\n'.join([_run_table(head, ck), str(summary(model)), drawn])
+    with torch.autocast('cpu', torch.bfloat16, enabled=c.amp): layers = summary(model)
+    return '\n'.join([_run_table(head, ck), str(layers), drawn])
 
 # %% ../nbs/06_cli.ipynb #ecf975a1
 def _run_parser(name, about):
@@ -484,7 +520,8 @@ def export_command(
         if os.path.isdir(out): raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
         with one_line(f"{path} cannot be exported"): _export(ck, out)
     except ValueError as e: fail(e)
-    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}. To load it:")
+    chosen = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
+    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}{chosen}. To load it:")
     print(textwrap.indent(_loading(ck, out), '  '))
     return 0
 
@@ -543,8 +580,8 @@ def _sweep_parser():
     p.add_argument('--only', action='append', default=[], metavar='KEY=V[,V]', help='only runs with these values, '
                    'such as label=dsb,set or sparsity=.9; may be given several times')
     p.add_argument('--list', action='store_true', help='print the runs and how far each is, and do nothing')
-    p.add_argument('--table', action='store_true', help='print the accuracies of the runs that are done, '
-                   'mean and 95 %% interval, and do nothing')
+    p.add_argument('--table', action='store_true', help='print the test accuracies after the last epoch of the '
+                   'runs that are done, mean and 95 %% interval, and do nothing')
     p.add_argument('--against', metavar='LABEL', help='the table, and the differences against this method, '
                    'seed by seed')
     return p

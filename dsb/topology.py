@@ -6,7 +6,7 @@
 __all__ = ['Move', 'rule_name', 'check_update', 'pack_mask', 'unpack_mask', 'Updater', 'LayerReport', 'Report']
 
 # %% ../nbs/04_topology.ipynb #72e304c2
-import gc, math, warnings, weakref
+import gc, math, sys, warnings, weakref
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from .structure.blocks import Structure
 from .structure.methods import GROWS, METHODS, SPARSE, check_setting
-from .structure.rules import DEFAULT_RULE, RULES, Change, Collector, Weights, entries
+from .structure.density import between, capacity
+from .structure.rules import DEFAULT_RULE, RULES, Change, Collector, Weights, entries, mean_square, pruned
 from .core import markdown_table, one_of
-from .structure.schedule import drop_fraction, is_update
+from .structure.schedule import drop_fraction, is_update, left_to_prune
 from .sparsify import sparse_layers
 
 # %% ../nbs/04_topology.ipynb #0b60ca2f
@@ -135,6 +136,21 @@ def _check_model(layers, method):
             raise ValueError(f'the values of {n!r} are sharded over processes: weights can move only where a layer '
                              'is whole, use DistributedDataParallel')
         if bool(m.block_size)!=METHODS[method].blocks: raise ValueError(_other_kind(method, n, m.block_size))
+
+# %% ../nbs/04_topology.ipynb #bc60e174
+def _check_pruning(layers, T, prune_end)->int:
+    "The step by which pruning has to be done, or None; raise if it does not go with the layers"
+    begins = [n for n,m in layers.items() if m.pruning]
+    if prune_end is None and not begins: return None
+    if prune_end is None:
+        raise ValueError(f'{begins[0]!r} begins with more weights than it is to end with (initial_ratio of sparsify): '
+                         'give prune_end, the step by which it has come down; half of the steps of a run is good')
+    if not begins:
+        raise ValueError(f'prune_end={prune_end}: no layer has weights to be pruned; sparsify with initial_ratio, '
+                         'or leave prune_end out')
+    end = check_setting('prune_end', _as_int(prune_end))
+    left_to_prune(0, T, end)   # raises if there is no update before the end
+    return end
 
 # %% ../nbs/04_topology.ipynb #5166e7ae
 def _followers(layers, model)->dict:
@@ -267,6 +283,7 @@ def _count(bits:Tensor)->int:
 # %% ../nbs/04_topology.ipynb #fcb00068
 class Updater:
     "Drops and grows weights of a sparse model while it trains"
+    prune_end = None
     def __init__(self,
         model:torch.nn.Module,      # with sparse layers; may be in a `DistributedDataParallel` or compiled
         opt:torch.optim.Optimizer,  # that holds their values; its state moves with them
@@ -282,12 +299,14 @@ class Updater:
         part:float=1.,              # share of the batch that the dense gradient is made of, in (0, 1]
         generator:torch.Generator=None, # for random growth, on the CPU
         group=None,                 # processes that train together; None: those of a `DistributedDataParallel`
+        prune_end:int=None,         # step by which a model made with `initial_ratio` has come down to its sparsity
     ):
         self.grow,self.rule = check_update(method, T, rule, grow, accumulate, part)
         drop_fraction(0, T_end, alpha, schedule)   # raises for a bad T_end, alpha or schedule
         self.layers,self.levels = sparse_layers(model),_levels(opt)
         _check_model(self.layers, method)
         _check_optimizer(self.levels, self.layers)
+        self.prune_end = _check_pruning(self.layers, int(T), prune_end)
         self.followers = [_followers(self.layers, o) for o in follow]
         self.opt,self.method,self.T,self.T_end,self.alpha,self.schedule = opt,method,int(T),T_end,alpha,schedule
         self.accumulate,self.part,self.group = int(accumulate),part,group or _group_of(model)
@@ -300,9 +319,14 @@ def _begin(self:Updater):
     "Step 0: nothing has happened yet"
     self.t,self.pending,self.updates,self.uses,self.idle,self.retired = 0,False,0,{},0,False
     self.ever = {n:pack_mask(m.structure.mask()) for n,m in self.layers.items()}
+    self.before = {n:mean_square(_weights(m)) for n,m in self.layers.items() if m.pruning and m.block_size}
     self._take_over()
     self._watch_steps()
     self._arm()
+
+def _weights(m)->Weights:
+    "What a layer has, without a gradient"
+    return Weights(m.structure, m.values.detach())
 
 # %% ../nbs/04_topology.ipynb #2a9e6037
 @patch
@@ -331,10 +355,22 @@ def _let_go(layers, hooks):
 
 # %% ../nbs/04_topology.ipynb #50d6d8f1
 @patch
+def _moves(self:Updater, ahead=0):
+    "Do weights still move so many steps ahead?"
+    return self.grow is not None and self.t+ahead<self.T_end
+
+@patch
+def _prunes(self:Updater):
+    "Is there a layer that has to lose weights?"
+    if self.prune_end is None: return False
+    def more(m): return m.values.requires_grad and m.structure.nnz>m.pruning[1].active
+    return any(m.pruning and more(m) for m in self.layers.values())
+
+@patch
 def _due(self:Updater, ahead=0):
     "Is there an update so many steps ahead?"
-    if self.grow is None or self.t+ahead>=self.T_end: return False
-    return self.pending and not ahead or is_update(self.t+ahead, self.T, self.T_end)
+    if not (self._moves(ahead) or self._prunes()): return False
+    return self.pending and not ahead or is_update(self.t+ahead, self.T, math.inf)
 
 # %% ../nbs/04_topology.ipynb #59f26b5f
 @patch
@@ -376,14 +412,17 @@ def _collector(self:Updater, name, m, t):
     return Collector(m.structure, 0 if by_columns else k, by_columns, whole, self.grow=='norm', self.part, m.values)
 
 # %% ../nbs/04_topology.ipynb #2e547c64
+def _wrappers(layers)->list:
+    "Every `DistributedDataParallel` around some of these layers, wherever it is in this process"
+    mine = {id(m.values) for m in layers.values()}
+    found = (o for o in gc.get_objects() if issubclass(type(o), _Parallel))
+    return [o for o in found if any(id(p) in mine for p in o.parameters())]
+
 @patch
 def _join(self:Updater)->bool:
-    "Look for a `DistributedDataParallel` around these layers, wherever it is; was one found?"
+    "Look for a `DistributedDataParallel` around these layers; was one found?"
     if not _together(): return False
-    mine = {id(m.values) for m in self.layers.values()}
-    wrappers = (o for o in gc.get_objects() if issubclass(type(o), _Parallel))
-    around = next((o for o in wrappers if any(id(p) in mine for p in o.parameters())), None)
-    self.group = around and _group_of(around)
+    self.group = next(map(_group_of, _wrappers(self.layers)), None)
     return self.group is not None
 
 # %% ../nbs/04_topology.ipynb #339024b7
@@ -391,8 +430,9 @@ def _join(self:Updater)->bool:
 def _arm(self:Updater):
     "Give each layer a collector if a step to come ends in an update that needs gradients"
     if self.grow in (None,'random'): return
-    ahead = next((i for i in range(max(1, self.accumulate)) if self._due(i)), None)
-    count = ahead is None and not self.accumulate and self.group is None and self._due(1)
+    def due(i): return self._moves(i) and self._due(i)
+    ahead = next((i for i in range(max(1, self.accumulate)) if due(i)), None)
+    count = ahead is None and not self.accumulate and self.group is None and due(1)
     if ahead is None and not count: return
     if self.group is None and self._join() and count: return   # sums from now on, so nobody need count
     for n,m in self.layers.items():
@@ -414,6 +454,7 @@ class LayerReport:
     survived:int=0 # of these, in the new structure
     changed:int=0  # places active now and not before
     ever:int=0     # places that were ever active
+    pruned:int=0   # weights that went without others in their place, before all this
 
 # %% ../nbs/04_topology.ipynb #6224dca4
 @dataclass
@@ -429,20 +470,19 @@ class Report:
 @patch
 def as_dict(self:Report)->dict: # counts, and two shares in [0, 1]
     "Totals as plain numbers"
-    n = {k:self.total(k) for k in 'size planned confirmed grown survived changed ever'.split()}
-    counts = {k:n[k] for k in ('planned','confirmed','grown')} | dict(net_changed=n['changed'])
+    n = {k:self.total(k) for k in 'size planned confirmed grown survived changed ever active pruned'.split()}
+    counts = {k:n[k] for k in ('planned','confirmed','grown')} | dict(net_changed=n['changed'], pruned=n['pruned'])
     shares = dict(survived=n['survived']/max(n['grown'],1), ever_active=n['ever']/n['size'])
     return dict(step=self.step, drop_fraction=self.drop_fraction, **counts, **shares)
 
 # %% ../nbs/04_topology.ipynb #1db06ec7
 @patch
 def _repr_markdown_(self:Report):
-    head = 'layer','active','planned','confirmed','grown','survived','changed','ever active'
-    def row(o):
-        counts = o.active,o.planned,o.confirmed,o.grown,o.survived,o.changed
-        return o.name,*(f'{n:,}' for n in counts),f'{o.ever/o.size:.1%}'
+    counts = 'active','pruned','planned','confirmed','grown','survived','changed'
+    counts = [k for k in counts if k!='pruned' or self.total(k)]       # a column for what is rare, only where it is
+    def row(o): return o.name,*(f'{getattr(o, k):,}' for k in counts),f'{o.ever/o.size:.1%}'
     title = f'Step {self.step}, drop fraction {self.drop_fraction:.3f}'
-    return f'{title}\n\n' + markdown_table([head, *map(row, self.layers)])
+    return f'{title}\n\n' + markdown_table([('layer',*counts,'ever active'), *map(row, self.layers)])
 
 # %% ../nbs/04_topology.ipynb #274a26e2
 @torch.no_grad()
@@ -450,21 +490,71 @@ def _relay(layer, new, move, levels=()):
     "Give `layer` its new structure, carrying over values, gradient and optimizer state"
     p = layer.values
     for _,_,v in _state(levels, p).values():
-        if isinstance(v, Tensor) and v.shape==p.shape: v.copy_(move(v))
-    if p.grad is not None: p.grad.copy_(move(p.grad))
-    layer.set_structure(new, move(p))
+        if isinstance(v, Tensor) and v.shape==p.shape: _refill(v, move(v))
+    values,grad = move(p),None if p.grad is None else move(p.grad)
+    layer.set_structure(new, values)
+    if grad is not None and p.grad is None: p.grad = grad
+    elif grad is not None: p.grad.copy_(grad)
+
+def _refill(t, new):
+    "Put other contents into a tensor, of another size perhaps"
+    t.copy_(new) if t.shape==new.shape else t.set_(new)
 
 # %% ../nbs/04_topology.ipynb #aa9fb543
 @patch
 def _apply(self:Updater, name, m, c, line):
-    "Put a layer and those that follow it into the new structure"
+    "Put the change of a layer into practice and into the report"
     move,mask = Move(m.structure, c.structure, c.drop),c.structure.mask()
     line.survived,line.changed = int(mask.view(-1)[c.grown].sum()),move.added
     self.ever[name] |= pack_mask(mask)
+    self._carry(name, m, c.structure, move)
+
+@patch
+def _carry(self:Updater, name, m, new, move):
+    "Bring a layer and those that follow it to a new structure"
+    if name in self.before: self.before[name] = _by_column(move, self.before[name], m.block_size)
     followers = [o[name] for o in self.followers]
-    for o in followers: _relay(o, c.structure, move)
-    _relay(m, c.structure, move, self.levels)
+    for o in followers: _relay(o, new, move)
+    _relay(m, new, move, self.levels)
     m.leave_behind(followers)
+
+# %% ../nbs/04_topology.ipynb #505c6a68
+def _by_column(
+    move:Move,
+    t:Tensor, # (n_blocks·B,) not negative, a number for each column
+    B:int,    # block size
+)->Tensor: # in the new layout, 0 where a column is new
+    "Numbers of columns in the order of the new structure"
+    return move(t[:,None].expand(-1, B)).amax(1)
+
+# %% ../nbs/04_topology.ipynb #2da29750
+@patch
+def _pruned_to(self:Updater, m):
+    "The `Budget` that a layer may have after this step"
+    first,last = m.pruning
+    cap = capacity(m.weight_shape, m.block_size, m.groups)
+    return between(first, last, left_to_prune(self.t, self.T, self.prune_end), cap)
+
+@patch
+def _prune(self:Updater, name, m)->int: # weights that are gone
+    "Let a layer lose what it has too much"
+    if self.prune_end is None or not m.pruning or not m.values.requires_grad: return 0
+    s,b = m.structure,self._pruned_to(m)
+    if b.active>=s.nnz: return 0
+    new = pruned(_weights(m), b, self.before.get(name, 0.))
+    move = Move(s, new)
+    if m.collect is not None and m.collect.active is not None: m.collect.narrow(new, move)
+    self._carry(name, m, new, move)
+    return s.nnz-new.nnz
+
+# %% ../nbs/04_topology.ipynb #7dc39423
+def _rebuild(ddp):
+    "Let a `DistributedDataParallel` look at the sizes of its parameters anew"
+    hooks,ddp._comm_hooks = ddp._comm_hooks,[]
+    ddp.__dict__.pop('reducer')                       # the old one lets go of the parameters
+    first = dict(_static_graph_delay_allreduce_enqueued=False)             # the next step is the first one again
+    ddp.__setstate__({k:v for k,v in vars(ddp).items() if k!='logger'} | first)
+    for f,state in hooks: ddp.register_comm_hook(state, f)
 
 # %% ../nbs/04_topology.ipynb #3fd5f234
 @patch
@@ -481,18 +571,23 @@ def update_layer(self:Updater,
     f:float,     # drop fraction
     trained:set, # ids of the parameters that the optimizer holds
 )->LayerReport:
-    "Drop and grow in one layer; its line of the report"
-    s = m.structure
-    line = LayerReport(name, s.shape[0]*s.shape[1], s.nnz)
-    if self._takes_part(m, trained):
-        taps = math.prod(getattr(m, 'kernel_size', ()))
-        w = Weights(s, m.values.detach(), m.collect, self.generator, m.groups, taps)
-        c = self.rule(w, f)
-        _check_change(c, w, name, self.rule)
-        line.planned,line.confirmed,line.grown = c.planned,int(c.drop.sum()),len(c.grown)
-        if line.confirmed: self._apply(name, m, c, line)
+    "Prune, drop and grow in one layer; its line of the report"
+    before = m.structure
+    line = LayerReport(name, before.shape[0]*before.shape[1], before.nnz)
+    line.pruned = self._prune(name, m)
+    if self._moves() and self._takes_part(m, trained): self._move(name, m, f, line)
     line.ever = _count(self.ever[name])
     return line
+
+@patch
+def _move(self:Updater, name, m, f, line):
+    "Ask the rule and do what it says"
+    taps = math.prod(getattr(m, 'kernel_size', ()))
+    w = Weights(m.structure, m.values.detach(), m.collect, self.generator, m.groups, taps)
+    c = self.rule(w, f)
+    _check_change(c, w, name, self.rule)
+    line.planned,line.confirmed,line.grown = c.planned,int(c.drop.sum()),len(c.grown)
+    if line.confirmed: self._apply(name, m, c, line)
 
 # %% ../nbs/04_topology.ipynb #901b629e
 @patch
@@ -503,8 +598,24 @@ def _update(self:Updater):
     f,trained = drop_fraction(self.t, self.T_end, self.alpha, self.schedule),_held(self.stepping)
     self.updates += 1
     report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
+    if report.total('pruned'): self._tell_of_sizes()
     if self.group is not None: self._agree()
     return report
+
+@patch
+def _tell_of_sizes(self:Updater):
+    "Parameters have other sizes: tell those who took them for constant"
+    if 'torch._dynamo' in sys.modules: _varies(self.layers.values())
+    if not (dist.is_available() and dist.is_initialized()): return
+    for o in _wrappers(self.layers): _rebuild(o)
+
+# %% ../nbs/04_topology.ipynb #102fd78f
+def _varies(layers):
+    "Let `torch.compile` take the sizes of these layers for variable"
+    torch._dynamo.config.force_parameter_static_shapes = False
+    for m in layers:
+        changing = (m.values, m.cols if m.block_size else m.flat) if m.pruning else ()
+        for t in changing: torch._dynamo.maybe_mark_dynamic(t, 0)
 
 # %% ../nbs/04_topology.ipynb #4206ac47
 @patch
@@ -514,11 +625,14 @@ def _scored(self:Updater)->bool:
     return any(seen) and False not in seen
 
 @patch
+def _needs_no_gradient(self:Updater)->bool: return self.grow=='random' or not self._moves()
+
+@patch
 def _ready(self:Updater)->bool:
     "Are there gradients to grow by, all of them complete and finite, on every process?"
     if self.group is None and self._join(): return False      # the collectors did not know of the others: next time
     if self.group is not None: return self._ready_together()
-    return self._has_stepped() and (self.grow=='random' or self._scored())
+    return self._has_stepped() and (self._needs_no_gradient() or self._scored())
 
 # %% ../nbs/04_topology.ipynb #2ff767e6
 @patch
@@ -548,7 +662,7 @@ def step(self:Updater)->'Report': # or None when no update was made
     if stepped: self._disarm(due)
     self._note_idle(stepped)
     self.t += 1
-    self.pending &= self.t<self.T_end
+    self.pending &= self._moves() or self._prunes()
     if stepped: self.stepped = set()
     self._arm()
     return report
@@ -557,6 +671,7 @@ def step(self:Updater)->'Report': # or None when no update was made
 @patch
 def __repr__(self:Updater):
     when = f't={self.t}, every {self.T} steps until {self.T_end}'
+    if self.prune_end: when += f', pruning until {self.prune_end}'
     how = f'alpha={self.alpha}, grow={self.grow}'
     return f'Updater({self.method}, {rule_name(self.rule)}, {when}, {how}, {len(self.layers)} layers)'
 
@@ -594,7 +709,7 @@ def _ready_together(self:Updater)->bool:
         raise RuntimeError(f'the processes are at different steps, {-first} and {last}: '
                            'call upd.step() equally often in all of them')
     if waits: return False
-    if self.grow=='random': return True
+    if self._needs_no_gradient(): return True
     for m,some,compact in zip(ms, seen, seen[len(ms):]):
         if some: self._average(m, compact)
     return self._scored()
@@ -612,7 +727,7 @@ def _agree(self:Updater):
                        'start them from the same weights, with the same settings and the same generator')
 
 # %% ../nbs/04_topology.ipynb #06cf43bf
-_settings = 'method','T','T_end','alpha','schedule','grow','accumulate','part'
+_settings = 'method','T','T_end','alpha','schedule','grow','accumulate','part','prune_end'
 
 @patch
 def state_dict(self:Updater)->dict:
@@ -621,7 +736,8 @@ def state_dict(self:Updater)->dict:
     counts = dict(t=self.t, pending=self.pending, updates=self.updates, uses=dict(self.uses))
     collectors = {n:m.collect for n,m in self.layers.items() if m.collect}
     sums = {n:[c.total,c.total_compact] for n,c in collectors.items() if c.total is not None}
-    return dict(settings=settings, **counts, ever=dict(self.ever), sums=sums, generator=self.generator.get_state())
+    tables = dict(ever=dict(self.ever), before=dict(self.before), sums=sums)
+    return dict(settings=settings, **counts, **tables, generator=self.generator.get_state())
 
 # %% ../nbs/04_topology.ipynb #4e983aab
 def _fits(ok, what):
@@ -650,6 +766,9 @@ def _check_saved_layers(self:Updater, sd):
     for n,b in self.ever.items():
         alike = isinstance(ever[n], Tensor) and ever[n].shape==b.shape and ever[n].dtype==b.dtype
         _fits(alike, f'another size of layer {n!r}')
+    columns = {n:(len(self.layers[n].cols),) for n in self.before}
+    alike = sd['before'].keys()==columns.keys() and all(sd['before'][n].shape==z for n,z in columns.items())
+    _fits(alike, 'its layers have other columns; load the model first')
     sizes = {n:(m.shape,tuple(m.values.shape)) for n,m in self.layers.items()}
     for n,parts in sums.items():
         alike = n in sizes and len(parts)==2 and all(o is None or tuple(o.shape)==z for o,z in zip(parts, sizes[n]))
@@ -674,6 +793,7 @@ def load_state_dict(self:Updater,
     self._check_saved(sd)
     self.t,self.pending,self.updates,self.uses = sd['t'],sd['pending'],sd['updates'],dict(sd['uses'])
     self.ever = {n:b.to(self.ever[n].device).clone() for n,b in sd['ever'].items()}
+    self.before = {n:t.to(self.before[n].device).clone() for n,t in sd['before'].items()}
     self.generator.set_state(sd['generator'].cpu())
     for m in self.layers.values(): m.collect = None
     self._arm()

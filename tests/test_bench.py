@@ -6,8 +6,9 @@ import torch
 from dsb.cli import main
 from dsb.structure.rules import RULES
 
-LAYERS = 'bench layers --batch 2 --repeats 1 --no_compile'.split()
-STEP = 'bench step --model wrn-10-1 --distribution uniform --density .2 --batch 2 --repeats 1 --no_compile'.split()
+LAYERS = 'bench layers --batch 2 --repeats 1 --numbers float32 --no_compile'.split()
+STEP = ('bench step --model wrn-10-1 --distribution uniform --density .2 --batch 2 --repeats 1 --numbers float32 '
+        '--no_compile').split()
 UPDATE = 'bench update --quick --model wrn-10-1 --distribution uniform --density .2 --batch 2'.split()
 
 def bench(capsys, tmp_path, words):
@@ -29,6 +30,7 @@ def check_report(report):
     m = report['machine']
     assert m['processor'] and m['torch'] == torch.__version__ and m['threads'] >= 1 and m['cores'] >= 1
     assert {'python', 'dsb', 'date', 'load', 'huge_pages', 'memory_kept', 'peak_gflops', 'peak_gflops_end'} <= set(m)
+    assert set(m['flags']) <= {'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'asimd', 'bf16'} and m['numbers']
     assert report['options'].get('no_compile') is None or any('torch.compile' in n for n in report['notes'])
 
 def test_layers(capsys, tmp_path):
@@ -66,8 +68,11 @@ def test_step(capsys, tmp_path):
     printed, report = bench(capsys, tmp_path, words)
     check_report(report)
     r, = report['results']
-    assert set(r['dense']) == {'nchw', 'channels_last', 'fused'} and (tmp_path/'p.png').exists()
-    assert r['dense_ms'] == min(r['dense'][m]['ms'] for m in ('nchw', 'channels_last')) and 0 < r['conv_share'] < 1
+    assert set(r['qualifying']) == {'nchw', 'channels_last'} and (tmp_path/'p.png').exists()
+    qualified = r['dense'].keys() - {'fused'}
+    assert qualified and qualified <= r['qualifying'].keys() and 'fused' in r['dense']
+    assert r['dense_ms'] == min(r['dense'][m]['ms'] for m in qualified) and 0 < r['conv_share'] < 1
+    assert 'any_ms' not in r and 'bfloat16 was not measured: --numbers float32,bfloat16' in printed
     cases = [(d, x, f) for d in ('uniform', 'erk') for x in (.2, .4) for f in ('nchw', 'channels_last')]
     assert [(s['distribution'], s['density'], s['format']) for s in r['sparse']] == cases
     for s in r['sparse']:
@@ -83,8 +88,64 @@ def test_step(capsys, tmp_path):
 
 def test_step_plain(capsys, tmp_path):
     printed, report = bench(capsys, tmp_path, [*STEP, '--no_fuse'])
-    assert 'fused' not in printed and set(report['results'][0]['dense']) == {'nchw', 'channels_last'}
+    assert 'fused' not in printed and set(report['results'][0]['dense']) <= {'nchw', 'channels_last'}
     assert report['results'][0]['sparse'][0]['shares']['normalisation'] > 0
+
+BOTH = ['--numbers', 'float32,bfloat16']
+
+def test_step_in_both_numbers(capsys, tmp_path):
+    "A record for each kind, the fastest dense of any named, ratios to both"
+    printed, report = bench(capsys, tmp_path, [*STEP, *BOTH, '--plot', str(tmp_path/'p.png')])
+    check_report(report)
+    records = report['results']
+    assert [r['numbers'] for r in records] == report['machine']['numbers'] == ['float32', 'bfloat16']
+    best = min(records, key=lambda r: r['dense_ms'])
+    for r in records:
+        assert (r['any_ms'], r['any_dense']) == (best['dense_ms'], f"{best['best_dense']} {best['numbers']}")
+        for s in r['sparse']:
+            assert s['ratio'] == pytest.approx(r['dense_ms']/s['ms'])
+            assert s['ratio_any'] == pytest.approx(best['dense_ms']/s['ms'])
+        assert f"wrn-10-1, batch 2, {r['numbers']}" in printed
+    assert f"fastest dense of all: {best['any_dense']}" in printed
+    assert 'not measured' not in printed
+
+def test_layers_in_both_numbers(capsys, tmp_path):
+    printed, report = bench(capsys, tmp_path, [*LAYERS, *BOTH, '--layers', '3x3:16@4', '--plot', str(tmp_path/'p.png')])
+    rows = report['results']
+    assert [r['numbers'] for r in rows] == ['float32']*4 + ['bfloat16']*4
+    for p in {r['product'] for r in rows}:
+        two = [r for r in rows if r['product'] == p]
+        least = min(two, key=lambda r: r['dense_ms'])
+        assert {r['any_ms'] for r in two} == {least['dense_ms']}
+        assert {r['any_dense'] for r in two} == {f"{least['best_dense']} {least['numbers']}"}
+        for r in two: assert r['ratio_any'] == pytest.approx(r['any_ms']/r['ms'])
+    assert sum(' bfloat16 ' in l and l.startswith('3x3:16@4') for l in printed.splitlines()) >= 4
+
+def test_numbers_that_fail(capsys, tmp_path, monkeypatch):
+    "A dense candidate that fails is named with its reason; where no dense one is left, that ends it"
+    from dsb.bench.steps import Step
+    plain, bad = Step.train, [torch.channels_last]
+    def train(self):
+        formats = [f for f in bad if self.half and self.x.is_contiguous(memory_format=f)]
+        if formats and not any('values' in n for n, _ in self.model.named_parameters()): raise RuntimeError('no bf16')
+        plain(self)
+    monkeypatch.setattr(Step, 'train', train)
+    printed, report = bench(capsys, tmp_path, [*STEP, *BOTH, '--no_fuse'])
+    assert 'note: wrn-10-1: bfloat16 dense channels_last was left out: RuntimeError: no bf16' in printed
+    assert list(report['results'][1]['dense']) == ['nchw'] and report['results'][1]['qualifying'] == {}
+    bad.append(torch.contiguous_format)
+    with pytest.raises(RuntimeError, match='wrn-10-1: RuntimeError: no bf16'): main([*STEP, *BOTH, '--no_fuse'])
+
+@pytest.mark.parametrize('features, kinds', [('avx2 avx512f', ['float32']), ('avx512f avx512_bf16', ['float32', 'bfloat16']),
+                                             ('avx2 amx_bf16', ['float32', 'bfloat16'])])
+def test_numbers_by_default(features, kinds, capsys, tmp_path, monkeypatch):
+    "What the processor can multiply is measured, and the report says what was and what was not"
+    monkeypatch.setattr('dsb.bench.timing.cpu_features', lambda: features)
+    words = [w for w in LAYERS if w not in ('--numbers', 'float32')]
+    printed, report = bench(capsys, tmp_path, [*words, '--layers', 'linear:16x16'])
+    assert report['options']['numbers'] == kinds and f"numbers: {', '.join(kinds)}; " in printed
+    assert ('bfloat16 was not measured: --numbers float32,bfloat16 measures both' in printed) == (len(kinds) == 1)
+    assert report['machine']['flags'] == features.split()
 
 def test_update(capsys, tmp_path):
     "Times that fit together, the worst layers, and one line for each rule and way to grow"
@@ -119,10 +180,10 @@ def test_compile_that_fails(capsys, tmp_path, monkeypatch):
     def broken(f): raise RuntimeError('no compiler\nfor this')
     monkeypatch.setattr(torch, 'compile', lambda f, **options: lambda *args: broken(f))
     printed, report = bench(capsys, tmp_path, STEP[:-1])
-    assert 'note: wrn-10-1: dense compiled was left out: RuntimeError: no compiler for this' in printed
+    assert 'note: wrn-10-1: float32 dense compiled was left out: RuntimeError: no compiler for this' in printed
     assert 'compiled' not in report['results'][0]['dense']
     printed, report = bench(capsys, tmp_path, [*LAYERS[:-1], '--layers', 'linear:16x16'])
-    assert 'linear:16x16: dense compiled forward was left out: RuntimeError: no compiler for this' in printed
+    assert 'linear:16x16: float32 dense compiled forward was left out: RuntimeError: no compiler for this' in printed
     assert len(report['results']) == 4
 
 def test_without_a_peak(capsys, tmp_path, monkeypatch):
@@ -150,6 +211,9 @@ def test_without_native_kernels(capsys, tmp_path):
     ('bench step --distribution rek', "distribution='rek': expected uniform, er or erk"),
     ('bench step --format nhwc', "format='nhwc': expected nchw, channels_last or both"),
     ('bench step --model wrn-23-2', 'did you mean wrn-22-2?'),
+    ('bench step --numbers bf16', "numbers='bf16': expected float32 or bfloat16"),
+    ('bench layers --numbers float32,', "numbers='': expected float32 or bfloat16"),
+    ('bench update --numbers float32', 'unknown option --numbers'),
     ('bench step --modle vgg-d', 'unknown option --modle; did you mean --model?'),
     ('bench step --layers 3x3:64@8', 'unknown option --layers'),
     ('bench update --rule rigl', "rule='rigl': expected paper, "),

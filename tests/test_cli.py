@@ -45,6 +45,10 @@ def refused(capsys, tmp_path, *options):
     ('--seed -1', 'seed=-1: expected'),
     ('--n_train 0', 'n_train=0: expected'),
     ('--n_train 1', 'training image'),
+    ('--n_val -1', 'n_val=-1: expected a whole number, at least 0'),
+    ('--n_val some', "argument --n_val: invalid int value: 'some'"),
+    ('--n_val 1437', 'n_val=1437: digits has 1437 training images, and some must be left to train on'),
+    ('--n_val 1400', 'n_train=128: digits has only 37 train images beside the 1400 of n_val'),
     ('--model wrn-23-2', 'did you mean wrn-22-2?'),
     ('--model ReNet-18', 'did you mean ResNet18?'),
     ('--data_set cifar11', 'did you mean cifar10?'),
@@ -249,7 +253,7 @@ def test_folder_is_taken(run, capsys):
 
 @pytest.mark.parametrize('options, says', [
     ('--lr 0.2', '--lr 0.2 contradicts the run in'), ('--epochs 9', 'which has 1'), ('--sparsity 0.8', 'which has 0.9'), ('--block_size 8', 'which has 16'),
-    ('--static_update y', 'which has method dsb'), ('--method rigl', 'which has dsb'), ('--seed 1', 'which has 0'), ('--model mlp', 'which has lenet300-100'),
+    ('--static_update y', 'which has method dsb'), ('--method rigl', 'which has dsb'), ('--seed 1', 'which has 0'), ('--n_val 9', '--n_val 9 contradicts'), ('--model mlp', 'which has lenet300-100'),
     ('--amp', 'which has False'), ('--print_freq -1', 'print_freq=-1'), ('--device gpu', "device='gpu'")])
 def test_resume_contradiction(options, says, run, capsys):
     assert says in ends(capsys, 2, ['train', '--resume', run, *options.split()])
@@ -384,9 +388,28 @@ def test_odd_checkpoint(change, says, run, tmp_path, capsys):
     assert says in err or 'does not fit this dsb' in err
     assert not (tmp_path/'new').exists() and not (odd/'dense.pt').exists()
 
+def test_validation(tmp_path, capsys):
+    "Every report says by what the best epoch was chosen, and shows both accuracies"
+    out = str(tmp_path/'v')
+    assert main(['train', *QUICK, '--epochs', '3', '--eval_every', '2', '--n_val', '40', '--out', out]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(l) for l in (tmp_path/'v/metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    best = max(rows[1:], key=lambda r: r['val_acc'])
+    told = f"{best['epoch']} (validation {best['val_acc']:.2%}, test {best['test_acc']:.2%}), last test {rows[-1]['test_acc']:.2%}, "
+    assert lines[-1].startswith(f'best epoch by validation accuracy: {told}')
+    assert [f"{r['val_acc']:6.2%}" in l for r, l in zip(rows[1:], lines[-3:-1])] == [True, True] and ' val ' not in lines[-4]
+    assert rows[0]['val_acc'] is rows[0]['test_loss'] is None
+    for argv in ['show'], ['export'], ['train', '--resume']: assert main([*argv, out]) == 0
+    said = capsys.readouterr().out
+    assert ' val loss   val acc  test loss  test acc ' in said and f"\nbest epoch by validation accuracy: {best['epoch']}\n" in said
+    assert f"after epoch {best['epoch']}, the best by validation accuracy. To load it" in said
+    ck = torch.load(tmp_path/'v/last.pt', weights_only=True)
+    ck['history'][-1].pop('val_loss'); torch.save(ck, tmp_path/'v/last.pt')
+    assert 'epoch 3 of the history lacks val_loss' in ends(capsys, 2, ['show', out])
+
 def test_older_checkpoint(run, tmp_path, capsys):
     "Fields of the config that came later have their defaults, and one that is gone does not matter"
-    old = changed(run, tmp_path, lambda ck: [ck['config'].pop(k) for k in ('part', 'eval_every', 'start')] + [ck['config'].update(regroup=0)])
+    old = changed(run, tmp_path, lambda ck: [ck['config'].pop(k) for k in ('part', 'eval_every', 'start', 'n_val')] + [ck['config'].update(regroup=0), ck['info'].pop('n_val')])
     for argv in ['show'], ['export'], ['train', '--resume']: assert main([*argv, str(old)]) == 0
 
 @pytest.mark.parametrize('change, says', [
@@ -538,3 +561,25 @@ def test_current_folder_cannot_be_written(tmp_path):
     assert r.returncode == 2 and b'cannot write to --out runs/digits' in r.stderr and r.stderr.count(b'\n') == 1
     r = dsb('train', *QUICK, '--out', tmp_path/'r', cwd=where)
     assert r.returncode == 0, r.stderr
+
+def head_of(capfd, tmp_path, *options):
+    "The headline of a small run without its title, and what stood on stderr"
+    out = tmp_path/'run'
+    assert main([str(o) for o in ('train', *QUICK, '--out', out, *options)]) == 0
+    printed, err = capfd.readouterr()
+    return printed.splitlines()[1:printed.splitlines().index(next(l for l in printed.splitlines() if l.startswith('epoch ')))], err
+
+@pytest.mark.parametrize('options, numbers', [((), 'float32'), (('--amp',), 'bfloat16 by autocast')])
+def test_headline_says_numbers_and_kernels(options, numbers, capfd, tmp_path):
+    "Under --amp too, where `slow` stands if and only if plain torch computes; `dsb show` agrees"
+    lines, err = head_of(capfd, tmp_path, '--block_size', '16', *options)
+    assert lines[1].startswith(f'Computed in {numbers}: ') and 'plain torch' not in err
+    assert ('plain torch, slow' in lines[1]) == any(l.startswith('slow: ') for l in lines)
+    assert main(['show', str(tmp_path/'run')]) == 0
+    assert lines[1] in capfd.readouterr().out
+
+def test_headline_says_what_is_slow(capfd, tmp_path):
+    "A size without kernels is said in the headline, and not warned of again"
+    lines, err = head_of(capfd, tmp_path, '--block_size', '4')
+    assert 'plain torch, slow (the cpu kernels take blocks of' in lines[1] and lines[2].startswith('slow: ')
+    assert 'plain torch' not in err

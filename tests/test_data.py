@@ -475,6 +475,74 @@ def test_imagenet_empty(tmp_path):
     for s in ('train','val'): (tmp_path/s).mkdir()
     refuses('one folder of images for each class', 'imagenet', data_dir=tmp_path)
 
+# ---------------------------------------------------------------- validation
+
+def write_any(name, root, monkeypatch):
+    "A small data set of that name, where it is one of files"
+    if name in ('cifar10', 'cifar100'): write_cifar(root, name, monkeypatch)
+    if name=='fashion-mnist': write_fashion(root, monkeypatch)
+    if name=='tinyimagenet': write_tiny(root)
+
+@pytest.mark.parametrize('name,n_val', [('cifar10',15), ('cifar100',7), ('fashion-mnist',9), ('digits',100), ('tinyimagenet',6)])
+def test_validation(name, n_val, tmp_path, monkeypatch):
+    "Training and validation images are the training images of before, each in one of the two; nothing moves the latter"
+    write_any(name, tmp_path/'d', monkeypatch)
+    def load(**kwargs): return load_data(name, data_dir=tmp_path/'d', batch_size=4, eval_batch_size=5, **kwargs)
+    plain,d = load(),load(n_val=n_val)
+    last = list(range(plain.n_train))[-n_val:]
+    if name=='tinyimagenet':      # 18 images, class after class, of which every third is the end of a sixth
+        last = [2,5,8,11,14,17]
+        assert d.val[1].bincount().tolist()==[2,2,2]
+    left = [i for i in range(plain.n_train) if i not in last]
+    for a,b in zip(plain.train, d.train): assert torch.equal(a[left], b)
+    for a,b in zip(plain.train, d.val): assert torch.equal(a[last], b)
+    assert (d.n_train, d.n_val, plain.n_val)==(plain.n_train-n_val, n_val, 0)
+    x,y = joined(d.val_batches())
+    assert torch.allclose(x, normalised(plain.train[0][last]/255, name).expand_as(x), atol=1e-5) and torch.equal(y, plain.train[1][last])
+    assert same(list(plain.test_batches()), list(d.test_batches())) and list(plain.val_batches())==[]
+    for seed in 0,1:              # a part of what is left, and the same validation images
+        few = load(n_val=n_val, n_train=len(left)//2, seed=seed)
+        assert len(few.train[0])==len(left)//2 and same([few.val], [d.val])
+        pictures = set(map(bytes, few.train[0].numpy()))
+        assert pictures <= set(map(bytes, d.train[0].numpy())) and not pictures & set(map(bytes, d.val[0].numpy()))
+    ranks = [load(n_val=n_val, rank=r, world_size=2) for r in (0,1)]
+    shares = [joined(r.val_batches())[1] for r in ranks]
+    assert torch.equal(shares[0], y[::2]) and torch.equal(shares[1], y[1::2])
+    refuses(f'n_val={plain.n_train}: {name} has {plain.n_train} training images, and some must be left', name, data_dir=tmp_path/'d', n_val=plain.n_train)
+    refuses(f'has only {len(left)} train images beside the {n_val} of n_val', name, data_dir=tmp_path/'d', n_val=n_val, n_train=len(left)+1)
+
+def test_validation_glyphs(monkeypatch):
+    "The last of all 50 000, beside the same first ones as without them"
+    calls = []
+    def numbered(n, seed, split, progress):       # an image that is nothing but its number
+        calls.append((n, split))
+        return torch.arange(n).view(-1,1,1,1).expand(-1,3,1,1),torch.arange(n) % 47
+    monkeypatch.setattr('dsb.training.data.make_glyphs', numbered)
+    monkeypatch.setattr('dsb.training.data.cached', lambda name, make: make())
+    d,plain = (load_data('glyphs', n_train=1000, n_test=10, **kwargs) for kwargs in (dict(n_val=500), {}))
+    assert torch.equal(d.train[0], plain.train[0]) and d.val[0][:,0,0,0].tolist()==list(range(49_500, 50_000))
+    assert calls==[(50_000,'train'), (10,'test'), (1000,'train'), (10,'test')]
+    assert len(load_data('glyphs', n_test=10, n_val=500).train[0])==49_500
+    refuses('n_train=49501: glyphs has only 49500 train images beside the 500 of n_val', 'glyphs', n_train=49_501, n_test=10, n_val=500)
+
+def test_validation_imagenet(tmp_path):
+    "Every class gives as many, seen like test images, by any number of workers"
+    from torchvision import transforms as T
+    write_imagenet(tmp_path)
+    plain,d = (load_data('imagenet', data_dir=tmp_path, batch_size=4, eval_batch_size=4, **kwargs) for kwargs in ({}, dict(n_val=6)))
+    train,val = plain.images.train,d.images.held['val']
+    assert [y for _,y in val]==[0,0,1,1,2,2] and sorted(val+d.images.train)==train and d.images.held['test']==plain.images.held['test']
+    assert (d.n_train, d.n_val, d.n_test)==(9, 6, 6)
+    x,y = joined(d.val_batches())
+    info = dataset_info('imagenet')
+    tfm = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(info.mean, info.std)])
+    assert torch.equal(x, torch.stack([tfm(Image.open(p).convert('RGB')) for p,_ in val])) and y.tolist()==[y for _,y in val]
+    workers = load_data('imagenet', data_dir=tmp_path, eval_batch_size=4, workers=2, n_val=6, seed=5)
+    assert same(list(d.val_batches()), list(workers.val_batches()))
+    few = load_data('imagenet', data_dir=tmp_path, n_val=6, n_train=5)
+    assert few.images.held['val']==val and set(few.images.train) < set(d.images.train)
+    refuses('n_val=15: imagenet has 15 training images, and some', 'imagenet', data_dir=tmp_path, n_val=15)
+
 # ---------------------------------------------------------------- embedded data
 
 def test_digits():
@@ -547,7 +615,8 @@ REFUSED = [
     (dict(name=''), 'expected one of'), (dict(batch_size=0), 'batch_size=0'), (dict(batch_size=-5), 'batch_size=-5'),
     (dict(batch_size=1.5), 'batch_size=1.5'), (dict(eval_batch_size=0), 'eval_batch_size=0'),
     (dict(n_train=0), 'n_train=0'), (dict(n_test=0), 'n_test=0'), (dict(n_test=361), 'has only 360 test images'),
-    (dict(n_train=1), 'at least 2'), (dict(workers=-1), 'workers=-1'), (dict(channels=2), 'channels=2'),
+    (dict(n_train=1), 'at least 2'), (dict(n_val=-1), 'n_val=-1: expected a whole number, at least 0'),
+    (dict(n_val=1436), 'at least 2'), (dict(n_val=.5), 'n_val=0.5'), (dict(workers=-1), 'workers=-1'), (dict(channels=2), 'channels=2'),
     (dict(world_size=3), 'multiple of world_size=3'), (dict(world_size=2, rank=2), 'rank=2')]
 
 @pytest.mark.parametrize('kwargs,message', REFUSED)

@@ -19,12 +19,12 @@ class Net(nn.Module):
         x = self.first(x).tanh()
         return self.last(x + sum({'l':self.left, 'r':self.right}[o](x).tanh() for o in ways))
 
-def model(seed=0, B=8):
+def model(seed=0, B=8, **kw):
     torch.manual_seed(seed)
-    return dsb.sparsify(Net(), .7, B)
+    return dsb.sparsify(Net(), .7, B, **kw)
 
 def train(m, net, rank, steps=6, ways=lambda i: 'lr', T=2, upd=None, **kw):
-    "(updates, masks, values) after some steps with images of one's own"
+    "(updates, masks, values, active weights) after some steps with images of one's own"
     opt = torch.optim.SGD(m.parameters(), .1, momentum=.9)
     if m.first.block_size and 'method' not in kw: kw['rule'] = 'columns'
     upd = Updater(upd or net, opt, T=T, T_end=1000, alpha=.5, **kw)
@@ -34,7 +34,8 @@ def train(m, net, rank, steps=6, ways=lambda i: 'lr', T=2, upd=None, **kw):
         opt.step(); opt.zero_grad()
         n += upd.step() is not None
     masks = [o.checksum.tolist() for o in dsb.sparse_layers(m).values()]
-    return n,masks,[round(p.double().abs().sum().item(), 6) for p in m.parameters()]
+    active = sum(o.structure.nnz for o in dsb.sparse_layers(m).values())
+    return n,masks,[round(p.double().abs().sum().item(), 6) for p in m.parameters()],active
 
 def together(rank, m=None, wrapped={}, **kw):
     "Train a model in parallel; `wrapped` goes to the wrapper, the rest to `train`"
@@ -55,7 +56,11 @@ def frozen(rank):
     m = model(); m.left.requires_grad_(False)
     return together(rank, m)
 
-TOGETHER = [plain, other_weights, norms, part, chance, single, left_out, apart, bare, frozen]
+def pruned(rank): return together(rank, model(initial_ratio=3), prune_end=6)
+def pruned_still(rank): return together(rank, model(B=0, initial_ratio=3), method='static', prune_end=6, wrapped=dict(gradient_as_bucket_view=True))
+def pruned_bare(rank): return together(rank, m:=model(initial_ratio=3), upd=m, prune_end=6, wrapped=dict(static_graph=True))
+
+TOGETHER = [plain, other_weights, norms, part, chance, single, left_out, apart, bare, frozen, pruned, pruned_still, pruned_bare]
 
 def own_models(rank): m = model(seed=rank); return train(m, m, rank)
 def only_first(rank): return train(m:=model(), m, rank) if rank==0 else None
@@ -116,6 +121,8 @@ def test_two():
         a,b = got[f.__name__]
         assert isinstance(a, tuple), (f.__name__, a)
         assert a==b and a[0]==3, (f.__name__, [x==y for x,y in zip(a,b)], a[0])
+    sizes = [sum(o.nnz for o in (m.structure for m in dsb.sparse_layers(model(B=B)).values())) for B in (8,0)]
+    assert [got[k][0][3] for k in ('pruned','pruned_still','pruned_bare')]==[sizes[0],sizes[1],sizes[0]]
     a,b = got['own_models']; assert a[0]==b[0]==3 and a[1]!=b[1]
     assert got['only_first'][0][0]==3 and got['only_first'][1] is None
     assert all("other structures in 'right'" in o for o in got['differ']), got['differ']

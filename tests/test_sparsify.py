@@ -76,3 +76,43 @@ def test_memory_is_compact(name, B):
     model = dsb.sparsify(create_model(name, 10), .9, B)
     sparse,index = after_a_step(model), sum(m.structure.nbytes for m in dsb.sparse_layers(model).values())
     assert sparse <= .13*dense and index <= .1*sparse, (sparse/dense, index/sparse)
+
+FALLS_BACK = '''
+import sys, torch, dsb
+class Net(torch.nn.Sequential): pass
+net = Net(*(torch.nn.Linear(32, 32) for _ in range(3)))
+dsb.sparsify(net, .5, int(sys.argv[1]))
+with dsb.backend(sys.argv[2]):
+    for _ in range(2): net(torch.ones(4, 32)).sum().backward()
+net.double()
+for _ in range(2): net(torch.ones(4, 32).double()).sum().backward()
+'''
+
+def falls_back(block_size, backend, *options):
+    "A process in which three layers compute, forward and backward, twice in float32, then twice in float64"
+    import subprocess, sys
+    p = subprocess.run([sys.executable, *options, '-c', FALLS_BACK, str(block_size), backend], capture_output=True, text=True)
+    return p.returncode, [l for l in p.stderr.splitlines() if 'computed by plain torch' in l]
+
+def test_falling_back_is_said_once():
+    "One warning for each reason, none for what was asked for; it can be made an error"
+    from dsb.kernels.cpu import native
+    if native()[1]: pytest.skip(native()[1])
+    status, said = falls_back(16, 'auto')
+    assert status==0 and len(said)==1 and 'float64' in said[0]
+    status, said = falls_back(4, 'auto')
+    assert status==0 and len(said)==2 and 'blocks of 8' in said[0]
+    assert falls_back(4, 'auto', '-W', 'error::UserWarning')[0]==1
+    assert 'blocks of 8' not in ''.join(falls_back(4, 'reference')[1])
+
+def test_summary_says_numbers_and_kernels():
+    from dsb.kernels.cpu import native
+    net = dsb.sparsify(nn.Sequential(nn.Linear(32,32), nn.Linear(32,32)), .5, dense='1')
+    def computed(): return dsb.summary(net).computed()
+    plain = 'plain torch, slow' if native()[1] else 'native kernels ('
+    assert computed().startswith('Computed in float32: 1 layer by '+plain) and computed().endswith('1 layer by torch')
+    with torch.autocast('cpu', torch.bfloat16): assert computed().startswith('Computed in bfloat16 by autocast: ')
+    net.bfloat16()
+    assert computed().startswith('Computed in bfloat16: ') and str(dsb.summary(net)).endswith(computed())
+    assert computed() in dsb.summary(net)._repr_markdown_()
+    with dsb.backend('reference'): assert 'plain torch, slow' in computed()

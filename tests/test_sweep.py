@@ -5,7 +5,7 @@ import pytest
 from dsb.cli import main
 from dsb.training.sweep import read_lines
 
-SPEC = {'common': dict(model='lenet300-100', data_set='digits', n_train=200, n_test=100, batch_size=10, lr=.02, epochs=15, eval_every=6, T=20, device='cpu'),
+SPEC = {'common': dict(model='lenet300-100', data_set='digits', n_train=200, n_val=50, n_test=100, batch_size=10, lr=.02, epochs=15, eval_every=6, T=20, device='cpu'),
         'methods': {'wild': dict(method='dense', lr=1e30), 'small': dict(method='small-dense'), 'blocks': dict(method='dsb', block_size=16)},
         'grid': {'seed': [1], 'sparsity': [.8]}}
 
@@ -64,6 +64,8 @@ def test_results(whole):
     assert lines['wild']['error'].startswith('Diverged') and 'result' not in lines['wild']
     blocks = lines['blocks']
     assert blocks['run'] == dict(label='blocks', sparsity=.8, seed=1) and len(blocks['test_acc']) == 3 and len(blocks['train_loss']) == 15
+    chosen, r = max(range(3), key=lambda i: blocks['val_acc'][i]), blocks['result']   # by validation, of the three evaluations
+    assert (r['best_epoch'], r['best_acc'], r['final_acc']) == ((6, 12, 15)[chosen], blocks['test_acc'][chosen], blocks['test_acc'][-1])
     assert blocks['updates']['number'] > 10 and lines['small']['updates'] == dict(number=0)
     assert abs(lines['small']['result']['active']/blocks['result']['active'] - 1) < .03
     assert blocks['command'].startswith('dsb train --model lenet300-100 --data_set digits --method dsb --sparsity 0.8')

@@ -2,8 +2,11 @@
 import json, os, signal, struct, subprocess, sys
 import pytest
 import torch
+from dsb.training.data import load_data
+from dsb.training.train import restored
 
-RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_test 64 '
+TIMES = 'seconds', 'step_ms'      # of a summary, never the same
+RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --initial_ratio 3 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_val 48 --n_test 64 '
        '--lr 0.05 --seed 3 --device cpu').split()
 
 def start(root, *argv):
@@ -48,6 +51,26 @@ def assert_same(a, b):
     a, b = state(a), state(b)
     for k in a: assert equal(a[k], b[k]), f'{k} differs'
 
+def test_best_by_validation(whole):
+    "The best epoch of a run is the first of the highest validation accuracy, whatever the test says"
+    rows = [json.loads(l) for l in (whole/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    accs, r = [row['val_acc'] for row in rows], json.loads((whole/'summary.json').read_text(encoding='utf-8'))
+    epoch = 1 + accs.index(max(accs))
+    assert (r['best_epoch'], r['best_val_acc'], r['best_acc']) == (epoch, max(accs), rows[epoch-1]['test_acc'])
+    assert r['final_acc'] == rows[-1]['test_acc'] and torch.load(whole/'best.pt', weights_only=True)['epoch'] == epoch
+
+def test_validation_changes_nothing_else():
+    "With the same training images, a run with validation images has the weights of one without"
+    from dsb.training.data import TensorData
+    from dsb.training.train import Trainer, TrainConfig
+    d = load_data('digits', channels=1, n_train=256, n_val=64, n_test=64, batch_size=32)
+    parts = [(d.train, d.test, d.val), (d.train, d.test)]
+    config = TrainConfig(model='lenet5', method='dsb', block_size=8, sparsity=.5, epochs=2, T=3, batch_size=32, device='cpu')
+    one, two = (Trainer(config, data=TensorData(d.name, d.info, d.classes, *p, batch_size=32), verbose=False) for p in parts)
+    one.fit(); two.fit()
+    assert all(map(torch.equal, one.model.state_dict().values(), two.model.state_dict().values()))
+    for a, b in zip(one.history, two.history): assert a.keys() - b.keys() == {'val_loss', 'val_acc'} and a['test_acc'] == b['test_acc']
+
 def test_interrupted_twice(root, whole, tmp_path):
     "Ctrl-C in the middle of the first epoch, kill in the middle of the third: 130, 143, and the same run in the end"
     out = tmp_path/'run'
@@ -68,7 +91,7 @@ def test_interrupted_twice(root, whole, tmp_path):
     assert_same(whole, out)
     assert len((out/'metrics.jsonl').read_text(encoding='utf-8').splitlines()) == 3
     a, b = (json.loads((f/'summary.json').read_text(encoding='utf-8')) for f in (whole, out))
-    assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
+    assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
 
 def test_killed(root, whole, tmp_path):
     "kill -9 leaves the last epoch's checkpoint whole; the run continues in another folder"
@@ -86,7 +109,7 @@ def test_killed(root, whole, tmp_path):
 def test_two_processes(root, tmp_path):
     "Two processes train one model: equal structures (the run itself insists), one folder, and a result like that of one process"
     one, two = tmp_path/'one', tmp_path/'two'
-    run = ('--data_set digits --model lenet300-100 --method dsb --rule columns --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_test 65 --lr 0.02 --device cpu --out').split()
+    run = ('--data_set digits --model lenet300-100 --method dsb --rule columns --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_val 33 --n_test 65 --lr 0.02 --device cpu --out').split()
     env = os.environ | dict(OMP_NUM_THREADS='1')
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'main.py', *run, two],
                        cwd=root, env=env, capture_output=True, text=True, timeout=180)
@@ -95,8 +118,12 @@ def test_two_processes(root, tmp_path):
     assert end(start(root, *run, one)) == (0, '')
     a, b = ([json.loads(l) for l in (f/'metrics.jsonl').read_text(encoding='utf-8').splitlines()] for f in (one, two))
     assert [r['step'] for r in a] == [r['step'] for r in b] and a[0]['updates'][0]['net_changed'] > 0
-    for x, y in zip(a, b): assert abs(x['train_loss'] - y['train_loss']) < .05 and abs(x['test_loss'] - y['test_loss']) < .05
+    for x, y in zip(a, b): assert all(abs(x[k] - y[k]) < .05 for k in ('train_loss', 'val_loss', 'test_loss'))
     ck = torch.load(two/'last.pt', weights_only=True)
+    model, data = restored(ck), load_data('digits', channels=1, n_val=33, n_test=65)
+    for batches, key in (data.val_batches(), 'val_acc'), (data.test_batches(), 'test_acc'):   # each image counts once
+        hits = [(model(x).argmax(1) == y).float() for x, y in batches]
+        assert b[-1][key] == torch.cat(hits).mean(dtype=torch.float64).item()
     assert len(ck['rng']) == 2 and not torch.equal(ck['rng'][0][0], ck['rng'][1][0])
 
 def test_bar_in_a_terminal(root, tmp_path):

@@ -109,3 +109,80 @@ def test_resume(root, runs):
 def test_error(more, root, tmp_path):
     p = call(root, 'train_imagenet.py', *QUICK, '--model', 'lenet6', *more, '--out', tmp_path/'r')
     assert p.returncode == 2 and p.stdout == '' and p.stderr.startswith('dsb: error: ') and p.stderr.count('\n') == 1
+
+# All of it in one call
+
+def test_speed_up_in_a_fresh_process(root):
+    "Memory is kept from then on, threads stay, a second call changes nothing"
+    code = '''
+import torch, dsb
+from dsb.training.tune import tuned
+torch.set_num_threads(1)
+m = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU())
+was = tuned()
+assert dsb.speed_up(m) is m
+kind, hooks = type(m), len(m._forward_pre_hooks)
+assert dsb.speed_up(m) is m and type(m) is kind and len(m._forward_pre_hooks) == hooks == 1
+print(was, tuned(), torch.get_num_threads())
+'''
+    kept = 'False' if left_alone(CLEAN, sys.platform, libc_name()) else 'True'
+    assert says(root, code) == ['False', kept, '1']
+
+def resnet(sparsity, fast):
+    "A sparse ResNet-18; above .95 its first convolution is sparse too"
+    import dsb, torch, torchvision
+    torch.manual_seed(0)
+    model = dsb.sparsify(torchvision.models.resnet18(num_classes=10), sparsity)
+    return dsb.speed_up(model) if fast else model
+
+@pytest.mark.parametrize('sparsity', [.9, .97])
+def test_speed_up_computes_the_same(sparsity):
+    "Loss, gradients and running statistics of a step, up to the order of sums"
+    import torch
+    torch.manual_seed(1)
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    plain, fast = resnet(sparsity, False), resnet(sparsity, True)
+    assert list(plain.state_dict()) == list(fast.state_dict())
+    losses = [torch.nn.functional.cross_entropy(m(x), y) for m in (plain, fast)]
+    for o in losses: o.backward()
+    assert torch.allclose(*losses, rtol=1e-4)
+    for a, b in zip(plain.parameters(), fast.parameters()):
+        assert (a.grad - b.grad).norm() <= 2e-3*(a.grad.norm() + 1e-3)
+    for a, b in zip(plain.buffers(), fast.buffers()): assert torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4)
+
+def test_speed_up_goes_along(tmp_path):
+    "A copy, a file and the way back to dense compute the same"
+    import copy, dsb, torch
+    model, x = resnet(.97, True).eval(), torch.randn(2, 3, 32, 32)
+    torch.save(model, tmp_path/'m.pt')
+    with torch.no_grad():
+        y = model(x)
+        for o in (copy.deepcopy(model), torch.load(tmp_path/'m.pt', weights_only=False), dsb.densify(model)):
+            assert torch.allclose(o(x), y, atol=1e-4)
+        assert torch.allclose(dsb.unfuse(model)(x), y, atol=1e-4)
+
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason='no GPU')
+def test_speed_up_on_a_gpu():
+    import dsb, torch
+    model, before = resnet(.9, False).cuda(), type(resnet(.9, False))
+    assert dsb.speed_up(model) is model and type(model) is before and not model._forward_pre_hooks
+    moved = resnet(.9, True).cuda().eval()
+    x = torch.randn(2, 3, 64, 64, device='cuda')
+    assert torch.allclose(moved(x), model.eval()(x), atol=1e-3)
+
+@pytest.mark.parametrize('half', [False, True])
+def test_speed_up_with_a_batch(half, capsys):
+    "Whatever wins when it is measured for real, outputs and statistics stay, and nothing is measured twice"
+    import torch
+    from unittest import mock
+    import dsb.training.tune as tune
+    x = torch.randn(3, 3, 32, 32)
+    model, plain = resnet(.8, True), resnet(.8, True)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        assert tune.speed_up(model, x) is model and model.training
+        assert capsys.readouterr().err.startswith('dsb: measured ')
+        before = [b.clone() for b in model.buffers()]
+        assert all(torch.equal(a, b) for a, b in zip(before, plain.buffers()))
+        with mock.patch.object(tune, '_step_of', side_effect=AssertionError('measured again')): tune.speed_up(model, x)
+        with torch.no_grad(): a, b = model.eval()(x).float(), plain.eval()(x).float()
+    assert (a - b).norm() <= (.05 if half else 1e-4)*b.norm()

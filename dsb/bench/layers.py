@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRODUCTS', 'LAYER_OPTIONS', 'Layer', 'parse_layer', 'random_structure', 'work', 'sparse_products', 'dense_products',
            'bsr_weight', 'bsr_forward', 'bsr_peer', 'layer_tensors', 'contestants', 'dense_times', 'layer_record',
-           'measure_layer', 'layers_table', 'plot_layers', 'layers_job']
+           'beside_any', 'measure_layer', 'layers_table', 'plot_layers', 'layers_job']
 
 # %% ../../nbs/bench/02_layers.ipynb #117996d3
 import re, warnings
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from functools import partial
 from typing import NamedTuple
-from .timing import (COMMON_OPTIONS, FORMATS, as_ms, as_ratio, checked, fma_burst, interleave, left_out,
-                              name_bars, run_bench, spread, warm_up)
+from .timing import (COMMON_OPTIONS, CPU_NUMBERS, FORMATS, NUMBERS_OPTION, as_ms, as_ratio, checked,
+                              fma_burst, interleave, left_out, missing, name_bars, number_kinds, qualify, run_bench,
+                              spread, warm_up)
 from ..core import say, text_table
 from ..kernels import reference
 from ..kernels.reference import ConvArgs
@@ -161,7 +162,7 @@ def bsr_peer(
     "The forward product of torch's block-sparse matrix"
     B = s.block_size
     if layer.O % B or layer.K % B: return {}
-    W = bsr_weight(layer.O, layer.K, B, s.n_blocks, torch.Generator().manual_seed(0))
+    W = bsr_weight(layer.O, layer.K, B, s.n_blocks, torch.Generator().manual_seed(0)).to(x.dtype)
     return dict(bsr=lambda: bsr_forward(layer, x, W))
 
 # %% ../../nbs/bench/02_layers.ipynb #49ecc19e
@@ -259,6 +260,36 @@ def layer_record(
                 dense=dense, best_dense=best, dense_ms=best_ms, ratio=ratio, ratio_over_flops=ratio*s.density,
                 peers=_peer_times(times, density, product, mine['ms']))
 
+# %% ../../nbs/bench/02_layers.ipynb #416b1e4c
+def beside_any(
+    rows:list, # records of one layer in several kinds of numbers
+)->list: # the same with `any_ms`, `any_dense` and `ratio_any`; unchanged if there is one kind only
+    "Compare each record with the fastest dense way in any numbers"
+    if len({r['numbers'] for r in rows}) < 2: return rows
+    def extra(r):
+        best = min((o for o in rows if o['product'] == r['product']), key=lambda o: o['dense_ms'])
+        who = f"{best['best_dense']} {best['numbers']}"
+        return dict(any_ms=best['dense_ms'], any_dense=who, ratio_any=best['dense_ms']/r['ms'])
+    return [r | extra(r) for r in rows]
+
+# %% ../../nbs/bench/02_layers.ipynb #7c0ead59
+def _in_numbers(layer, structures, fmt, compiled, kinds):
+    "Names with the kind of numbers in front -> functions"
+    def those(kind): return contestants(layer, structures, [fmt], compiled, 'cpu', CPU_NUMBERS[kind])
+    return {(kind, *k): f for kind in kinds for k, f in those(kind).items()}
+
+def _rival(k):
+    "The group of a contestant: dense ways of a product are one, each sparse product is its own"
+    return (k[0], 'dense', k[-1]) if k[1:2] == ('dense',) else k if k[1:2] == ('sparse',) else None
+
+# %% ../../nbs/bench/02_layers.ipynb #4d9ed4d2
+def _timed_layer(name, fns, repeats):
+    "(times, those of the qualifying round, who is out) of all contestants of a layer"
+    calls, out = warm_up(fns)
+    if lost := missing(fns, out, _rival): raise RuntimeError(f'{name}: {lost[0]}')
+    going, seen = qualify({k: fns[k] for k in calls}, _rival, calls)
+    return interleave({k: fns[k] for k in going}, repeats, timed=calls), seen, out
+
 # %% ../../nbs/bench/02_layers.ipynb #8615c0b1
 def measure_layer(
     layer:Layer,    # what to measure
@@ -267,47 +298,55 @@ def measure_layer(
     fmt:str,        # memory format of the sparse layer
     repeats:int,    # rounds
     compiled:bool,  # let torch.compile take part?
+    kinds:list=('float32',), # of numbers, keys of `CPU_NUMBERS`
 )->tuple: # (records, notes)
     "All products of a layer, against everybody"
     chance = lambda: torch.Generator().manual_seed(0)
     structures = {d: random_structure(layer.O, layer.K, B, d, chance()) for d in densities}
     run, flops = fma_burst() or (None, None)
     with torch.no_grad():
-        fns = contestants(layer, structures, [fmt], compiled) | ({('peak',): run} if run else {})
-        calls, out = warm_up(fns)
-        needed = [why for k, why in out.items() if k[0] == 'sparse' or k[:2] == ('dense', 'nchw')]
-        if needed: raise RuntimeError(f'{layer.text}: {needed[0]}')
-        times = interleave({k: fns[k] for k in calls}, repeats, timed=calls)
-    rows = [layer_record(layer, structures[k[1]], k, times, flops) for k in times if k[0] == 'sparse']
-    return rows, left_out(layer.text, out)
+        fns = _in_numbers(layer, structures, fmt, compiled, kinds) | ({('peak',): run} if run else {})
+        times, seen, out = _timed_layer(layer.text, fns, repeats)
+    def record(kind, *key):
+        here = {k[1:] if k[0] == kind else k: v for k, v in times.items()}
+        early = {k[2]: v for k, v in seen.items() if (k[0], k[-1]) == (kind, key[-1])}
+        return layer_record(layer, structures[key[1]], key, here, flops) | dict(numbers=kind, qualifying=early)
+    return beside_any([record(*k) for k in times if k[1:2] == ('sparse',)]), left_out(layer.text, out)
 
 # %% ../../nbs/bench/02_layers.ipynb #a3b021b4
-_LAYER_HEAD = ['layer', 'n', 'density', 'product', 'ms', 'GFLOP/s', 'of peak', 'dense ms', 'by', 'ratio', '× density',
-               'BSR', 'plain']
+_LAYER_HEAD = ['layer', 'n', 'numbers', 'density', 'product', 'ms', 'GFLOP/s', 'of peak', 'dense ms', 'by', 'ratio',
+               'any ms', 'by', 'any', '× density', 'BSR', 'plain']
+_ABOUT_NUMBERS = 2, 11, 12, 13
 
 def _layer_line(r):
     "A record's line of the table"
     name = r['layer'] + (' nchw' if r['format'] == 'nchw' else '')
     share = f"{r['share']:.2f}" if r['share'] else '—'
     peers = [as_ratio(r['peers'][w]['ratio']) if w in r['peers'] else '—' for w in ('bsr', 'plain')]
-    return [name, str(r['batch']), f"{r['density']:.3g}", r['product'], as_ms(r['ms']), f"{r['gflops']:.1f}", share,
-            as_ms(r['dense_ms']), r['best_dense'], as_ratio(r['ratio']), f"{r['ratio_over_flops']:.2f}", *peers]
+    best = [as_ms(r['any_ms']), r['any_dense'], as_ratio(r['ratio_any'])] if 'any_ms' in r else ['—']*3
+    return [name, str(r['batch']), r.get('numbers', 'float32'), f"{r['density']:.3g}", r['product'], as_ms(r['ms']),
+            f"{r['gflops']:.1f}", share, as_ms(r['dense_ms']), r['best_dense'], as_ratio(r['ratio']), *best,
+            f"{r['ratio_over_flops']:.2f}", *peers]
 
 # %% ../../nbs/bench/02_layers.ipynb #8e08bfd5
 def layers_table(
     rows:list, # records
 )->str:
     "The records of layers, one line each"
-    words = ('ratio: best dense time over ours; × density: how much of 1/density that is; '
-             'BSR, plain: their time over ours')
-    return '\n'.join([text_table([_LAYER_HEAD, *map(_layer_line, rows)]), '', words])
+    plain = all(r.get('numbers', 'float32') == 'float32' for r in rows)
+    hidden = _ABOUT_NUMBERS if plain else ()
+    lines = [[t for i, t in enumerate(line) if i not in hidden] for line in (_LAYER_HEAD, *map(_layer_line, rows))]
+    words = 'ratio: best dense time over ours' + ', in the same numbers; any: in whichever are fastest'*(not plain)
+    words += '; × density: how much of 1/density that is; BSR, plain: their time over ours'
+    return '\n'.join([text_table(lines), '', words])
 
 # %% ../../nbs/bench/02_layers.ipynb #37f5999f
 def plot_layers(
     rows:list, # records of layers
 ):
     "Share of the register peak of each product; of the best dense rate where the peak is unknown"
-    key = lambda r: (r['layer'], r['format'], f"{r['density']:.2g}")
+    kind = lambda r: r.get('numbers', 'float32').replace('float32', '')
+    key = lambda r: (r['layer'], r['format'], f"{r['density']:.2g}" + f" {kind(r)}".rstrip())
     names, known = list(dict.fromkeys(map(key, rows))), all(r['share'] for r in rows)
     length = {(key(r), r['product']): r['share'] if known else r['ratio'] for r in rows}
     fig = figure(9, .42*len(names) + 1.2)
@@ -328,7 +367,7 @@ LAYER_OPTIONS = [
     (['--density'], dict(metavar='D[,D...]'), '.1', '.1', "shares of active weights, in (0, 1]"),
     (['--repeats'], dict(type=int, metavar='N'), 7, 3,
      "rounds in which everything has its turn of about ten milliseconds"),
-    *COMMON_OPTIONS]
+    NUMBERS_OPTION, *COMMON_OPTIONS]
 
 # %% ../../nbs/bench/02_layers.ipynb #85c5f5cd
 def _wanted_layers(o):
@@ -346,12 +385,14 @@ def layers_job(
 ): # function without arguments that measures, prints and writes
     "What `dsb bench layers` is going to do"
     o = checked(LAYER_OPTIONS, given)
+    o['numbers'] = number_kinds(o['numbers'])
     todo = [(l, f) for l in _wanted_layers(o) for f in (o['format'] if l.args else o['format'][:1])]
     def measure():
         results, notes = [], []
         for i, (l, f) in enumerate(todo, 1):
             say(f'{i} of {len(todo)}: {l.text}, {l.batch} images, {f}')
-            rows, more = measure_layer(l, o['density'], o['block_size'], f, o['repeats'], not o['no_compile'])
+            how = o['repeats'], not o['no_compile'], o['numbers']
+            rows, more = measure_layer(l, o['density'], o['block_size'], f, *how)
             results += rows; notes += more
         return results, notes
     return lambda: run_bench(o, measure, layers_table, plot_layers)

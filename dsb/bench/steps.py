@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEP_OPTIONS', 'bench_model', 'ends', 'random_batch', 'Step', 'bound', 'flop_share', 'kind_of', 'no_stderr', 'shares',
-           'sparse_plans', 'sparse_model', 'step_functions', 'step_record', 'measure_step', 'step_table', 'steps_table',
-           'plot_steps', 'step_job']
+           'sparse_plans', 'sparse_model', 'step_functions', 'step_record', 'beside_any', 'measure_step', 'step_table',
+           'steps_table', 'plot_steps', 'step_job']
 
 # %% ../../nbs/bench/03_steps.ipynb #adf40a0a
-import os, re, sys
+import os, re, sys, time
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from .timing import (COMMON_OPTIONS, FORMATS, as_ratio, checked, fma_burst, interleave, left_out, meter,
-                              name_bars, run_bench, spread, warm_up, words)
+from .timing import (COMMON_OPTIONS, FORMATS, NUMBERS_OPTION, as_ratio, checked, fma_burst, interleave,
+                              left_out, meter, missing, name_bars, number_kinds, qualify, run_bench, spread, warm_up,
+                              words)
 from ..core import say, text_table
 from ..fuse import fuse
 from ..sparsify import sparsify
@@ -207,15 +208,26 @@ def step_functions(
     formats:list,   # of the sparse networks
     compiled:bool,  # let torch.compile take part?
     fused:bool,     # fuse the sparse networks?
+    half:bool=False, # under autocast to bfloat16?
 )->dict: # ('dense', mode) or ('sparse', distribution, density, format) -> `Step`
     "Every variant of a network, ready to step"
-    fns = {('dense', f): Step(bench_model(name), batch, f) for f in FORMATS}
-    if compiled: fns['dense', 'compiled'] = Step(bench_model(name), batch, 'channels_last', compiled=True)
-    if fused: fns['dense', 'fused'] = Step(fuse(bench_model(name)), batch, 'channels_last')
+    last = 'channels_last'
+    fns = {('dense', f): Step(bench_model(name), batch, f, half=half) for f in FORMATS}
+    if compiled: fns['dense', 'compiled'] = Step(bench_model(name), batch, last, compiled=True, half=half)
+    if fused: fns['dense', 'fused'] = Step(fuse(bench_model(name)), batch, last, half=half)
     for dist, d in plans:
         for f in formats:
-            fns['sparse', dist, d, f] = Step(sparse_model(name, dist, d, B, fused), batch, f)
+            fns['sparse', dist, d, f] = Step(sparse_model(name, dist, d, B, fused), batch, f, half=half)
     return fns
+
+# %% ../../nbs/bench/03_steps.ipynb #bf393702
+def _in_numbers(kinds, *what):
+    "Names with the kind of numbers in front -> steps"
+    return {(n, *k): s for n in kinds for k, s in step_functions(*what, half=n == 'bfloat16').items()}
+
+def _rival(k):
+    "The group of a variant: dense ones of one kind of numbers are a group, each other one is its own"
+    return k[:2] if k[1:2] == ('dense',) and k[2] != 'fused' else k
 
 # %% ../../nbs/bench/03_steps.ipynb #1335cbef
 def _timed(samples):
@@ -224,23 +236,24 @@ def _timed(samples):
     return dict(**spread(samples[:, 0]), faults=float(np.median(samples[:, 1])))
 
 # %% ../../nbs/bench/03_steps.ipynb #d6dce320
-def _dense_record(samples, parts):
-    "The dense side of a record: all modes, the best of the three, the best without torch.compile"
+def _dense_record(samples, parts, early):
+    "The dense side of a record: all modes, the best that was not fused, the best without torch.compile"
     dense = {k[1]: dict(**_timed(v), shares=parts.get(k)) for k, v in samples.items() if k[0] == 'dense'}
     ms = {mode: v['ms'] for mode, v in dense.items()}
     best = min((mode for mode in ms if mode != 'fused'), key=ms.get)
-    eager = min(FORMATS, key=ms.get)
+    eager = min((mode for mode in ms if mode in FORMATS), key=ms.get)
     conv = parts['dense', eager].get('dense conv/linear', 0)
-    return dict(dense=dense, best_dense=best, dense_ms=ms[best], best_eager=eager, conv_share=conv)
+    return dict(dense=dense, qualifying=early, best_dense=best, dense_ms=ms[best], best_eager=eager, conv_share=conv)
 
 # %% ../../nbs/bench/03_steps.ipynb #2bcf7c8c
 def step_record(
     samples:dict,  # key of `step_functions` -> pairs of seconds and page faults
     parts:dict,    # key -> kind of work -> share
     left:dict,     # (distribution, density) -> share of the work that is left
+    early:dict=None, # dense mode -> `spread` in the qualifying round
 )->dict: # 'dense' and 'sparse' variants
-    "What was measured of a network"
-    r, rows = _dense_record(samples, parts), []
+    "What was measured of a network in one kind of numbers"
+    r, rows = _dense_record(samples, parts, early or {}), []
     for k, v in samples.items():
         if k[0] == 'dense': continue
         _, dist, d, fmt = k
@@ -251,24 +264,43 @@ def step_record(
                          bound_ratio=most, of_bound=ratio/most, shares=parts.get(k)))
     return r | dict(sparse=rows)
 
+# %% ../../nbs/bench/03_steps.ipynb #ca88e3f6
+def beside_any(
+    records:list, # of one network in several kinds of numbers
+)->list: # the same with `any_ms` and `any_dense`, and `ratio_any` in each variant; unchanged if there is one kind only
+    "Compare sparse variants with the fastest dense network in any numbers"
+    if len(records) < 2: return records
+    best = min(records, key=lambda r: r['dense_ms'])
+    ms, who = best['dense_ms'], f"{best['best_dense']} {best['numbers']}"
+    return [r | dict(any_ms=ms, any_dense=who, sparse=[s | dict(ratio_any=ms/s['ms']) for s in r['sparse']])
+            for r in records]
+
 # %% ../../nbs/bench/03_steps.ipynb #13842174
+def _through(fns, calls, meter=time.perf_counter):
+    "Names that are measured, and name -> `spread` in the qualifying round"
+    going, seen = qualify({k: fns[k] for k in calls}, _rival, meter=meter)
+    eager = {}
+    for k in seen:
+        if k[2] in FORMATS: eager[k[0]] = min(eager.get(k[0], k), k, key=lambda o: seen[o]['ms'])
+    return [k for k in calls if k in going or k in eager.values()], seen
+
 def _run_steps(name, fns, repeats):
-    "Samples of all variants, the register peak meanwhile, and who is out"
+    "Samples of all variants, the qualifying round, the register peak meanwhile, and who is out"
     run, flops = fma_burst(1_000_000) or (None, None)
     calls, out = warm_up(fns)
-    needed = [why for k, why in out.items() if k != ('dense', 'compiled')]
-    if needed: raise RuntimeError(f'{name}: {needed[0]}')
+    if lost := missing(fns, out, _rival): raise RuntimeError(f'{name}: {lost[0]}')
     say(f'  {len(calls)} variants built, measuring')
-    turns = {k: fns[k] for k in calls} | ({('peak',): run} if run else {})
+    going, early = _through(fns, calls)
+    turns = {k: fns[k] for k in going} | ({('peak',): run} if run else {})
     samples = interleave(turns, repeats, timed={k: 10 if k == ('peak',) else 2 for k in turns}, meter=meter)
     peak = flops/1e6/_timed(samples.pop(('peak',)))['ms'] if run else None
-    return samples, peak, out
+    return samples, early, peak, out
 
 # %% ../../nbs/bench/03_steps.ipynb #d05b8129
 def _all_shares(fns, samples, times):
     "Kinds of work of every sparse variant and of the best dense one that is not compiled"
-    eager = min(FORMATS, key=lambda f: spread([t for t, _ in samples['dense', f]])['ms'])
-    return {k: shares(fns[k], times) for k in samples if k[0] == 'sparse' or k[1] == eager}
+    took = {k: spread([t for t, _ in v])['ms'] for k, v in samples.items() if k[0] == 'dense' and k[1] in FORMATS}
+    return {k: shares(fns[k], times) for k in samples if k[0] == 'sparse' or k == min(took, key=took.get)}
 
 # %% ../../nbs/bench/03_steps.ipynb #6d28a125
 def measure_step(
@@ -280,16 +312,22 @@ def measure_step(
     repeats:int,    # rounds of one unmeasured and two measured steps
     compiled:bool,  # let torch.compile take part?
     fused:bool,     # fuse the sparse networks?
-)->tuple: # (record, notes)
+    kinds:list=('float32',), # of numbers, 'float32' and 'bfloat16'
+)->tuple: # (records, one for each kind of numbers; notes)
     "Whole training steps of a network, dense and sparse"
     macs = layer_macs(bench_model(name), 32)
     left = {k: flop_share(macs, {n: b.density for n, b in p.items()}) for k, p in plans.items()}
-    fns = step_functions(name, plans, B, batch, formats, compiled, fused)
-    samples, peak, out = _run_steps(name, fns, repeats)
-    parts = _all_shares(fns, samples, max(3, repeats))
+    fns = _in_numbers(kinds, name, plans, B, batch, formats, compiled, fused)
+    samples, early, peak, out = _run_steps(name, fns, repeats)
+    def of(kind, d): return {k[1:]: v for k, v in d.items() if k[0] == kind}
+    def record(kind):
+        mine, before = of(kind, samples), {k[1]: v for k, v in of(kind, early).items()}
+        parts = _all_shares(of(kind, fns), mine, max(3, repeats))
+        head = dict(model=name, numbers=kind, batch=batch, macs=sum(macs.values()), fused=fused, peak_gflops=peak)
+        return head | step_record(mine, parts, left, before)
+    records = beside_any([record(kind) for kind in kinds])
     if compiled: torch._dynamo.reset()
-    head = dict(model=name, batch=batch, macs=sum(macs.values()), fused=fused, peak_gflops=peak)
-    return head | step_record(samples, parts, left), left_out(name, out)
+    return records, left_out(name, out)
 
 # %% ../../nbs/bench/03_steps.ipynb #83a0a3f1
 _SHORT = {'sparse kernels': 'sparse', 'dense conv/linear': 'dense', 'normalisation': 'norm', 'activation': 'act',
@@ -302,40 +340,66 @@ def _dense_line(r, mode):
     v = r['dense'][mode]
     name = 'channels_last, fused' if mode == 'fused' else mode
     mark = 'best' if mode == r['best_dense'] else as_ratio(r['dense_ms']/v['ms'])
-    return [f'dense {name}', f"{v['ms']:.1f}", mark, '', '', f"{v['faults']:.0f}", *_percents(v['shares'])]
+    other = as_ratio(r['any_ms']/v['ms']) if 'any_ms' in r else ''
+    return [f'dense {name}', f"{v['ms']:.1f}", mark, other, '', '', f"{v['faults']:.0f}", *_percents(v['shares'])]
+
+# %% ../../nbs/bench/03_steps.ipynb #c9b7ea39
+def _early_line(r, mode):
+    "The line of a dense mode that did not qualify"
+    seen = r['qualifying']
+    ratio = as_ratio(min(v['ms'] for v in seen.values())/seen[mode]['ms'])
+    return [f'dense {mode}, qualifying', f"{seen[mode]['ms']:.1f}", ratio, '', '', '', '', *_percents(None)]
 
 # %% ../../nbs/bench/03_steps.ipynb #477727a4
 def _sparse_line(r, s):
     "A sparse variant's line of the table"
     name = f"{s['distribution']} {s['density']:g}" + ', fused'*r['fused'] + ', nchw'*(s['format'] == 'nchw')
-    return [name, f"{s['ms']:.1f}", as_ratio(s['ratio']), as_ratio(s['bound_ratio']), f"{s['of_bound']:.2f}",
+    other = as_ratio(s['ratio_any']) if 'ratio_any' in s else ''
+    return [name, f"{s['ms']:.1f}", as_ratio(s['ratio']), other, as_ratio(s['bound_ratio']), f"{s['of_bound']:.2f}",
             f"{s['faults']:.0f}", *_percents(s['shares'])]
 
 # %% ../../nbs/bench/03_steps.ipynb #61f6866c
 def step_table(
-    r:dict, # record of one network
+    r:dict, # record of one network in one kind of numbers
 )->str:
     "The record of a network: dense modes, then sparse variants"
     kinds = [f'{s} %' for s in _SHORT.values()]
-    head = [f"{r['model']}, batch {r['batch']}", 'ms', 'ratio', 'bound', 'of it', 'faults', *kinds]
-    lines = [_dense_line(r, m) for m in r['dense']] + [_sparse_line(r, s) for s in r['sparse']]
-    return text_table([head, *lines])
+    title = f"{r['model']}, batch {r['batch']}" + (f", {r['numbers']}" if 'numbers' in r else '')
+    head = [title, 'ms', 'ratio', 'any', 'bound', 'of it', 'faults', *kinds]
+    early = [_early_line(r, m) for m in r.get('qualifying', {}) if m not in r['dense']]
+    lines = [head, *early, *(_dense_line(r, m) for m in r['dense']), *(_sparse_line(r, s) for s in r['sparse'])]
+    return text_table([[t for t, title in zip(line, head) if title != 'any' or 'any_ms' in r] for line in lines])
+
+# %% ../../nbs/bench/03_steps.ipynb #b797150d
+def _across(records):
+    "Lines about networks that were measured in several kinds of numbers"
+    plain = {r['model']: r['sparse'] for r in records if r.get('numbers') == 'float32'}
+    for m, r in {r['model']: r for r in records if 'any_ms' in r}.items():
+        yield f"{m}: fastest dense of all: {r['any_dense']}, {r['any_ms']:.1f} ms"
+    for r in records:
+        if r.get('numbers', 'float32') == 'float32' or r['model'] not in plain: continue
+        gains = [f"{s['distribution']} {s['density']:g}{' nchw'*(s['format'] == 'nchw')} {as_ratio(f['ms']/s['ms'])}"
+                 for s, f in zip(r['sparse'], plain[r['model']])]
+        yield f"{r['model']}: sparse in {r['numbers']} against sparse in float32: {', '.join(gains)}"
 
 # %% ../../nbs/bench/03_steps.ipynb #73b6108f
 def steps_table(
     records:list, # of networks
 )->str:
     "The tables of several networks"
-    words = ('ratio: best dense time over this; bound: the ratio if only convolutions got faster, '
-             'by their share of the work; faults: page\nfaults of a step; %: of the step, by kind of work')
-    return '\n\n'.join([*map(step_table, records), words])
+    several = any('any_ms' in r for r in records)
+    words = ('ratio: best dense time' + ' of the same numbers'*several + ' over this; '
+             + 'any: best dense time of any numbers over this; '*several + 'bound: the ratio if only convolutions got '
+             'faster,\nby their share of the work; faults: page faults of a step; %: of the step, by kind of work')
+    return '\n\n'.join([*map(step_table, records), *['\n'.join(_across(records))]*several, words])
 
 # %% ../../nbs/bench/03_steps.ipynb #df8b0e64
 def plot_steps(
     records:list, # of networks
 ):
     "How many times faster a step is than the best dense one, and the bound"
-    bars = [(r['model'], s) for r in records for s in r['sparse']]
+    def name(r): return r['model'] + ' bfloat16'*(r.get('numbers') == 'bfloat16')
+    bars = [(name(r), s) for r in records for s in r['sparse']]
     models = dict.fromkeys(m for m, _ in bars)
     inks = dict(zip(models, (INK, NEW, SOFT, OLD)*len(models)))
     fig, y = figure(9, .3*len(bars) + 1.2), range(len(bars))
@@ -345,7 +409,8 @@ def plot_steps(
         ax.plot([s['bound_ratio'] for _, s in bars], y, '|', color=ink, ms=12, mew=width, label=label)
     ax.axvline(1, color=SOFT, lw=.8)
     names = [f"{m} {s['distribution']} {s['density']:g}" + ' nchw'*(s['format'] == 'nchw') for m, s in bars]
-    name_bars(ax, names, 'times faster than the best dense step')
+    same = ' of the same numbers'*any('any_ms' in r for r in records)
+    name_bars(ax, names, 'times faster than the best dense step' + same)
     return fig
 
 # %% ../../nbs/bench/03_steps.ipynb #3cabdbc4
@@ -359,7 +424,7 @@ STEP_OPTIONS = [
      "shares of active weights over the whole network, in (0, 1]"),
     (['--repeats'], dict(type=int, metavar='N'), 5, 2,
      "rounds in which everything has its turn of one unmeasured and two measured steps"),
-    *COMMON_OPTIONS]
+    NUMBERS_OPTION, *COMMON_OPTIONS]
 
 # %% ../../nbs/bench/03_steps.ipynb #4092cad6
 def step_job(
@@ -367,16 +432,17 @@ def step_job(
 ): # function without arguments that measures, prints and writes
     "What `dsb bench step` is going to do"
     o = checked(STEP_OPTIONS, given)
+    o['numbers'] = number_kinds(o['numbers'])
     B, plans = o['block_size'], {}
     o['model'] = [canonical_name(n.strip()) for n in o['model'].split(',')]
     o['distribution'] = words('distribution', o['distribution'], list(DISTRIBUTIONS))
     for n in o['model']: plans[n] = sparse_plans(n, o['distribution'], o['density'], B)
-    how = o['format'], o['repeats'], not o['no_compile'], not o['no_fuse']
+    how = o['format'], o['repeats'], not o['no_compile'], not o['no_fuse'], o['numbers']
     def measure():
         results, notes = [], []
         for i, (n, p) in enumerate(plans.items(), 1):
             say(f'{i} of {len(plans)}: {n}' + ('' if o['no_compile'] else ', compiling takes a minute or two'))
             r, more = measure_step(n, p, B, o['batch'], *how)
-            results.append(r); notes += more
+            results += r; notes += more
         return results, notes
     return lambda: run_bench(o, measure, steps_table, plot_steps)

@@ -332,8 +332,9 @@ def norm_sums(
     x,C = _image(x),x.shape[1]
     dy,y,stats = _image(dy, x),_image(y, x),_channels(stats, x, (4,))
     sums = torch.empty_like(stats[:2])
-    _library_for(x).dsb_norm_sums(x.data_ptr(), pointer(y), dy.data_ptr(), x.numel()//C, C, *_rows(stats, 0, 2, 3),
-                                  relu, sums.data_ptr(), torch.get_num_threads())
+    count = x.numel()//C
+    _library_for(x).dsb_norm_sums(x.data_ptr(), pointer(y), dy.data_ptr(), count, C, *_rows(stats, 0, 2, 3), relu,
+                                  sums.data_ptr(), torch.get_num_threads())
     return sums
 
 # %% ../../nbs/kernels/06_norm.ipynb #038cd0c3

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DISTRIBUTIONS', 'uniform', 'er', 'erk', 'Capacity', 'capacity', 'why_dense', 'largest_remainder', 'Budget', 'Budgets',
-           'budgets']
+           'budgets', 'initial_budgets', 'between']
 
 # %% ../../nbs/structure/03_density.ipynb #d4dee6e0
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import markdown_table, one_of
@@ -329,3 +329,48 @@ def budgets(
     def budget(n, size): return (_sparse_budget(caps[n], *parts[n], block_size) if n in parts else
                                  Budget(size, size, reason=why[n] or 'full density'))
     return Budgets({n:budget(n, prod(s)) for n,s in shapes.items()})
+
+# %% ../../nbs/structure/03_density.ipynb #777e3555
+def _times(final, caps, ratio)->dict:
+    "Weights per layer, proportional to those in `final`, at most `high`, and `ratio` times as many in all if they fit"
+    def wanted(eps): return {n:min(eps*final[n].active, c.high) for n,c in caps.items()}
+    top = max(c.high/final[n].active for n,c in caps.items())
+    target = ratio*sum(final[n].active for n in caps)
+    return wanted(max(1., _factor(lambda e: sum(wanted(e).values()), target, top)))
+
+# %% ../../nbs/structure/03_density.ipynb #70076762
+def initial_budgets(
+    final:Budgets,  # that the layers are pruned to
+    ratio:float,    # weights of sparse layers at the start over those at the end, at least 1; less if they do not fit
+    shapes:dict, block_size:int, groups:dict=None, # as for `budgets`
+)->Budgets: # of the layers that are sparse in the end; even full ones are sparse layers
+    "What the layers begin with, in proportion to what they end with"
+    if not 1<=ratio<inf: raise ValueError(f'initial_ratio={ratio}: expected a number of at least 1, the weights at '
+                                          'the start over those at the end')
+    sparse,groups = {n:b for n,b in final.items() if not b.reason},groups or {}
+    if not sparse: return Budgets()
+    caps = {n:capacity(shapes[n], block_size, groups.get(n,1)) for n in sparse}
+    parts = _whole_blocks(_times(final, caps, ratio), caps)
+    return Budgets({n:_no_less(_as_budget(caps[n], *parts[n], block_size), b) for n,b in sparse.items()})
+
+# %% ../../nbs/structure/03_density.ipynb #78344b32
+def _as_budget(cap, full, short, block_size)->Budget:
+    "Budget of a sparse layer, even if nothing in it is zero"
+    active = full*cap.block + short*cap.short*cap.short_block
+    return Budget(cap.size, active, full+short*cap.short if block_size else 0, short)
+
+def _no_less(b, least)->Budget:
+    "The larger of two budgets of a layer: rounding must not take away what it ends with"
+    return b if b.active>=least.active and b.n_short>=least.n_short else least
+
+# %% ../../nbs/structure/03_density.ipynb #f7e24000
+def between(
+    first:Budget, last:Budget, # where a layer's pruning begins and ends
+    left:float,                # share of the way that is left, in [0, 1]
+    cap:Capacity,              # of the layer
+)->Budget: # `last` where nothing is left
+    "What a layer should have on the way"
+    def way(a, b): return b+round((a-b)*left)
+    if not last.n_blocks: return _as_budget(cap, way(first.active, last.active), 0, 0)
+    full = way(*(b.n_blocks-b.n_short*cap.short for b in (first,last)))
+    return _as_budget(cap, full, way(first.n_short, last.n_short), 1)

@@ -7,6 +7,7 @@ __all__ = ['METHODS', 'DENSE', 'SPARSE', 'SETTINGS', 'STARTS', 'GROWS', 'FAST_BL
            'Setting', 'check_setting', 'slow_size', 'ignored']
 
 # %% ../../nbs/structure/05_methods.ipynb #3358b965
+from math import inf
 from typing import NamedTuple
 from ..core import is_real, is_whole
 
@@ -54,6 +55,10 @@ SETTINGS = dict(
                        lambda v: is_whole(v) and (v==0 or 2<=v<=256)),
     T=Setting(100, 'a whole number of steps, at least 1', lambda v: is_whole(v) and v>=1),
     T_end=Setting(75000, 'the step at which updates end, at least 1', lambda v: is_whole(v) and v>=1),
+    initial_ratio=Setting(1., 'weights at the start over those at the end, at least 1',
+                          lambda v: is_real(v) and 1<=v<inf),
+    prune_end=Setting(None, 'the step by which pruning is done, at least 1, or None',
+                      lambda v: v is None or is_whole(v) and v>=1),
     alpha=Setting(.3, 'the first drop fraction, a number in (0, 1]', lambda v: is_real(v) and 0<v<=1),
     accumulate=Setting(0, 'a whole number of steps, at most T', lambda v: is_whole(v) and v>=0),
     part=Setting(1., 'a share of the batch in (0, 1]', lambda v: is_real(v) and 0<v<=1))
@@ -85,15 +90,18 @@ def slow_size(
     return f'the {kernels} kernels take blocks of {FAST_WORDS} rows, not {block_size}'
 
 # %% ../../nbs/structure/05_methods.ipynb #4e0ed4b4
-_OF_UPDATES = 'T','T_end','alpha','rule','grow','accumulate','part'
+_OF_MOVES = 'T_end','alpha','rule','grow','accumulate','part'
 _OF_GROWING_BLOCKS = 'rule','grow'
 
 def ignored(
-    method:str, # a key of `METHODS`
+    method:str,         # a key of `METHODS`
+    pruned:bool=False,  # does the network begin with more weights than it ends with?
 )->tuple: # names of settings
     "What makes no difference to a method"
     m = METHODS[method]
-    names = ('sparsity',) if method=='dense' else ()
-    if m.blocks is None: names += 'block_size','distribution','start'
-    if m.blocks is False: names += 'block_size',*(_OF_GROWING_BLOCKS if m.grow else ())
-    return names if m.grow else names+_OF_UPDATES
+    if m.blocks is None: names = 'block_size','distribution','start','initial_ratio'
+    else: names = () if m.blocks else ('block_size',*(_OF_GROWING_BLOCKS if m.grow else ()))
+    if method=='dense': names += 'sparsity',
+    if not m.grow: names += _OF_MOVES
+    if m.blocks is None or not pruned: names += ('prune_end',) if m.grow else ('T','prune_end')
+    return names

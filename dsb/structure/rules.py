@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['columns', 'saliency', 'cover', 'RULES', 'DEFAULT_RULE', 'plan_drops', 'confirm_drops', 'largest', 'Collector',
            'grow_by_gradient', 'grow_at_random', 'Weights', 'Change', 'entries', 'paper', 'mean_square',
-           'root_mean_square', 'ColumnRule', 'loss_of', 'swap']
+           'root_mean_square', 'pruned', 'ColumnRule', 'loss_of', 'swap']
 
 # %% ../../nbs/structure/06_rules.ipynb #89c166a8
 import torch, weakref
@@ -14,6 +14,7 @@ from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import patch
 from .blocks import Structure, ShuffledBlocks, Unstructured
+from .density import Budget
 from .extract import (channels_of, column_norms, cut_blocks, diminish, falling, group_rows,
                                    refine_blocks)
 
@@ -380,6 +381,32 @@ def root_mean_square(
 )->Tensor: # (n_blocks·B,) float
     "Norm of each column's weights, over the root of their number"
     return mean_square(w).sqrt_()
+
+# %% ../../nbs/structure/06_rules.ipynb #2d04fb9e
+def pruned(
+    w:Weights,         # of a layer
+    b:Budget,          # what may remain, no more than there is
+    before:Tensor=0.,  # (n_blocks·B,) mean square of each column when it came; 0 judges by the norm
+)->Structure: # with places of the present one
+    "The structure of the largest entries, or of the columns whose mean square has grown most"
+    s = w.structure
+    if not s.block_size:
+        stay = ~plan_drops(w.values, s, s.nnz-b.active).view(-1)
+        return Unstructured(s.flat[stay], s.shape, check=False)
+    worth = torch.full((s.n_groups*s.shape[1],), -torch.inf, device=s.cols.device)
+    worth = worth.index_copy_(0, _places(s), mean_square(w)-before).view(s.n_groups, -1)
+    return cut_blocks(worth, s.rows, b.n_blocks, s.block_size, s.shape, b.n_short)
+
+# %% ../../nbs/structure/06_rules.ipynb #7eb8ee4d
+@patch
+def narrow(self:Collector,
+    s:Structure, # with places of the collector's own structure only
+    move,        # carries compact tensors to it, a `Move`
+):
+    "Go on with the structure that pruning has left; call it after `finish`"
+    self.s,same = s,self.gradient is self.active
+    self.active = move(self.active)
+    self.gradient = self.active if same else move(self.gradient)
 
 # %% ../../nbs/structure/06_rules.ipynb #2eb6f6cf
 class ColumnRule:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'CHOICES', 'choose_method', 'Recipe', 'TrainConfig', 'check_types', 'config_from', 'lr_at',
-           'end_of_updates']
+           'end_of_updates', 'end_of_pruning']
 
 # %% ../../nbs/training/06_config.ipynb #43a3837f
 import math
@@ -134,6 +134,8 @@ class TrainConfig:
     grow:str=None              # what growth goes by: 'gradient', 'norm' or 'random'; None: the method's own
     accumulate:int=SETTINGS['accumulate'].default # sum the dense gradients of so many steps before an update
     part:float=SETTINGS['part'].default # share of the batch that dense gradients are made of
+    initial_ratio:float=SETTINGS['initial_ratio'].default # weights at the start over those at the end
+    prune_end:int=None         # step by which the rest is pruned; None: see `end_of_pruning`
     recipe:str='cifar'         # 'cifar', 'imagenet' or 'short', see `RECIPES`
     epochs:int=None            # None: the recipe's own number
     eval_every:int=1           # epochs between two evaluations; the last epoch is always evaluated
@@ -147,6 +149,7 @@ class TrainConfig:
     amp:bool=False             # bfloat16 autocast
     channels_last:bool=None    # memory layout of images; None: on CPU only
     n_train:int=None           # use only this many training images
+    n_val:int=0                # keep so many training images apart, to choose the best epoch on; 0: that is the test's
     n_test:int=None            # use only this many test images
     device:str='auto'          # 'auto', 'cpu' or 'cuda'
     cuda:int=0                 # which GPU
@@ -184,12 +187,17 @@ def _check_update(self:TrainConfig):
     if self.start=='cover' and not self.block_size:
         raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; "
                          "use random or magnitude")
+    if self.prune_end and self.initial_ratio == 1:
+        raise ValueError(f"prune_end={self.prune_end} with initial_ratio=1: nothing is pruned, leave one out")
     from dsb.topology import check_update
     check_update(self.method, self.T, self.rule, self.grow, self.accumulate, self.part)
 
 @patch
 def _check_dense(self:TrainConfig):
     "Raise if a method without updates was told how to make them"
+    if self.initial_ratio != 1:
+        raise ValueError(f"initial_ratio={self.initial_ratio} with method={self.method!r}: a dense network "
+                         "is not pruned, leave it out")
     for k in 'rule', 'grow':
         v = getattr(self, k)
         if v: raise ValueError(f"{k}={v!r} with method={self.method!r}: a dense network has no updates, leave it out")
@@ -203,6 +211,7 @@ def title(self:TrainConfig)->str:
         return f"{self.model} on {self.data_set}: dense{narrow}"
     how = f"blocks of {self.block_size}" if self.block_size else 'unstructured'
     if self.rule: how += f", rule {self.rule}"
+    if self.initial_ratio > 1: how += f", pruned from {self.initial_ratio:g} times as many"
     return f"{self.model} on {self.data_set}: {self.method}, sparsity {self.sparsity:g}, {how}, {self.distribution}"
 
 # %% ../../nbs/training/06_config.ipynb #470889bc
@@ -257,3 +266,16 @@ def end_of_updates(
     if config.T_end: return config.T_end
     planned = config.epochs*steps_per_epoch
     return max(1, min(SETTINGS['T_end'].default, planned*3//4))
+
+# %% ../../nbs/training/06_config.ipynb #5d1116e2
+def end_of_pruning(
+    config:TrainConfig,  # gives `prune_end`, `initial_ratio`, `T` and `epochs`
+    steps_per_epoch:int, # batches of one epoch
+)->int: # step, or None where nothing is pruned
+    "`config.prune_end`, or its default for a run of this length; a ValueError where no update comes before"
+    c, planned = config, config.epochs*steps_per_epoch
+    if c.initial_ratio == 1: return None
+    end = c.prune_end or planned//2
+    if c.T <= end < planned: return end
+    raise ValueError(f"the run has {planned} steps, an update every {c.T}, and pruning ends at step {end}: expected "
+                     "an update before that end, and the end before that of the run; give a smaller T or more epochs")

@@ -53,6 +53,7 @@ class DatasetInfo(NamedTuple):
     std:tuple         # standard deviation of each channel
     pad:int=4         # training images are shifted by up to this many pixels
     flip:bool=False   # training images are mirrored half of the time
+    by_class:bool=False # training images are stored class after class
 
 # %% ../../nbs/training/03_data.ipynb #2dc8804c
 def _infos():
@@ -61,8 +62,8 @@ def _infos():
     return {
         'cifar10':       DatasetInfo(10, 3, 32, (.4914,.4822,.4465), (.2470,.2435,.2616), flip=True),
         'cifar100':      DatasetInfo(100, 3, 32, (.5071,.4865,.4409), (.2673,.2564,.2762), flip=True),
-        'tinyimagenet':  DatasetInfo(200, 3, 64, *imagenet, pad=8, flip=True),
-        'imagenet':      DatasetInfo(1000, 3, 224, *imagenet, pad=0, flip=True),
+        'tinyimagenet':  DatasetInfo(200, 3, 64, *imagenet, pad=8, flip=True, by_class=True),
+        'imagenet':      DatasetInfo(1000, 3, 224, *imagenet, pad=0, flip=True, by_class=True),
         'fashion-mnist': DatasetInfo(10, 1, 32, (.2860,), (.3530,), flip=True),
         'digits':        DatasetInfo(10, 1, 32, (.305,), (.324,), pad=3),
         'glyphs':        DatasetInfo(47, 3, 32, (.365,.365,.365), (.19,.19,.19), pad=2)}
@@ -167,8 +168,10 @@ class Data:
         device='cpu',          # where batches are delivered
         rank:int=0,            # number of this process
         world_size:int=1,      # number of processes
+        n_val:int=0,           # number of validation images, which are kept apart from the training images
     ):
-        self.name,self.info,self.classes,self.n_train,self.n_test = name,info,list(classes),n_train,n_test
+        self.name,self.info,self.classes = name,info,list(classes)
+        self.n_train,self.n_val,self.n_test = n_train,n_val,n_test
         self.batch_size,self.eval_batch_size = batch_size,eval_batch_size or batch_size
         self.seed,self.device,self.rank,self.world_size = seed,torch.device(device),rank,world_size
         self.num_classes,self.channels,self.image_size = len(self.classes),info.channels,info.image_size
@@ -194,7 +197,8 @@ def steps_per_epoch(self:Data)->int:
 @patch
 def __repr__(self:Data):
     "The data set in one line"
-    images = f'{self.n_train} training and {self.n_test} test images'
+    val = f', {self.n_val} validation' if self.n_val else ''
+    images = f'{self.n_train} training{val} and {self.n_test} test images'
     size = f'{self.channels}×{self.image_size}×{self.image_size}'
     return f'{self.name}: {images} of {size}, {self.num_classes} classes, {self.steps_per_epoch} steps an epoch'
 
@@ -222,10 +226,12 @@ class TensorData(Data):
         classes:list, # names of the classes
         train:tuple,  # x (N, C, H, W) uint8, y (N,) int64
         test:tuple,   # the same of the test images
+        val:tuple=(), # the same of the validation images, if there are any
         **kwargs):
-        super().__init__(name, info, classes, len(train[0]), len(test[0]), **kwargs)
+        super().__init__(name, info, classes, len(train[0]), len(test[0]), n_val=len(val[0]) if val else 0, **kwargs)
         self.train = tuple(t.to(self.device) for t in train)
-        self.test = tuple(t[self.rank::self.world_size].to(self.device) for t in test)
+        def share(part): return tuple(t[self.rank::self.world_size].to(self.device) for t in part)
+        self.test,self.val = share(test),share(val)
 
 # %% ../../nbs/training/03_data.ipynb #70cbca83
 @patch
@@ -243,9 +249,20 @@ def train_batches(self:TensorData,
 
 # %% ../../nbs/training/03_data.ipynb #541ebee2
 @patch
+def _as_they_are(self:TensorData, part):
+    "Batches of some images"
+    for x,y in zip(*(t.split(self.eval_batch_size) for t in part)):
+        if len(y): yield as_float(x, self.info),y
+
+@patch
 def test_batches(self:TensorData): # yields x (N, C, H, W) float32, y (N,) int64
     "This process's test images in their own order, as they are"
-    for x,y in zip(*(t.split(self.eval_batch_size) for t in self.test)): yield as_float(x, self.info),y
+    return self._as_they_are(self.test)
+
+@patch
+def val_batches(self:TensorData): # yields x (N, C, H, W) float32, y (N,) int64
+    "This process's validation images, handed out like test images"
+    return self._as_they_are(self.val)
 
 # %% ../../nbs/training/03_data.ipynb #7231d852
 def _checksum(tensors):
@@ -294,16 +311,18 @@ def _digits(**_):
     return (x[~test],y[~test]),(x[test],y[test]),'0123456789'
 
 # %% ../../nbs/training/03_data.ipynb #21eff942
-def _glyphs(n_train=None, n_test=None, **_):
-    "Images and labels of `glyphs`, from the cache or newly drawn"
+def _glyphs(n_train=None, n_test=None, n_val=0, whole=50_000, **_):
+    "Images and labels of `glyphs`, from the cache or newly drawn; `whole` is the number of training images"
     settle_matplotlib()
     import matplotlib, PIL
-    n_train = 50_000 if n_train is None else n_train
+    n = whole if n_train is None or n_val else n_train
     n_test = 10_000 if n_test is None else n_test
     def draw(n, split): return make_glyphs(n, 0, split, progress=watched())
     drawn_by = f'matplotlib{matplotlib.__version__}-pillow{PIL.__version__}'
-    name = f'glyphs-v{GLYPH_VERSION}-seed0-{n_train}-{n_test}-{drawn_by}'
-    x,y,xt,yt = cached(name, lambda: [*draw(n_train, 'train'), *draw(n_test, 'test')])
+    name = f'glyphs-v{GLYPH_VERSION}-seed0-{n}-{n_test}-{drawn_by}'
+    x,y,xt,yt = cached(name, lambda: [*draw(n, 'train'), *draw(n_test, 'test')])
+    if n_val and n_train is not None and n_train+n_val<n:
+        x,y = (torch.cat([t[:n_train], t[n-n_val:]]) for t in (x,y))
     return (x,y),(xt,yt),GLYPH_CLASSES
 
 # %% ../../nbs/training/03_data.ipynb #ded1f0d6
@@ -694,17 +713,18 @@ def _open_image(path):
 
 # %% ../../nbs/training/03_data.ipynb #a43bf431
 class _Images(torch.utils.data.Dataset):
-    "Images by (epoch, number); epoch None is the test set"
-    def __init__(self, train, test, seed, train_tfm, test_tfm):
-        self.lists,self.seed,self.tfms = (train,test),seed,(train_tfm,test_tfm)
+    "Images by (epoch, number); 'test' and 'val', the names of lists that are `held` apart, stand for an epoch"
+    def __init__(self, train, held, seed, train_tfm, test_tfm):
+        self.train,self.held,self.seed,self.tfms = train,held,seed,(train_tfm,test_tfm)
 
     def __getitem__(self, key):
         epoch,i = key
-        path,y = self.lists[epoch is None][i]
+        held = epoch in self.held
+        path,y = (self.held[epoch] if held else self.train)[i]
         im = _open_image(path)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed('image', self.seed, epoch, i))
-            return self.tfms[epoch is None](im),y
+            return self.tfms[held](im),y
 
 # %% ../../nbs/training/03_data.ipynb #0c54314e
 class FolderData(Data):
@@ -715,15 +735,17 @@ class FolderData(Data):
         classes:list,  # names of the classes
         train:list,    # (path, label) of each image
         test:list,     # the same of the test images
+        val:list=(),   # the same of the validation images
         workers:int=0, # processes that read images
         **kwargs):
         from torchvision import transforms as T
-        super().__init__(name, info, classes, len(train), len(test), **kwargs)
+        super().__init__(name, info, classes, len(train), len(test), n_val=len(val), **kwargs)
         self.workers,size = workers,info.image_size
         tail = [T.Grayscale()]*(info.channels==1) + [T.ToTensor(), T.Normalize(info.mean, info.std)]
         middle = [T.Resize(size*8//7), T.CenterCrop(size)]
         part = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
-        self.images = _Images(train, test, self.seed, T.Compose([*part, *tail]), T.Compose([*middle, *tail]))
+        tfms = T.Compose([*part, *tail]),T.Compose([*middle, *tail])
+        self.images = _Images(train, dict(test=test, val=val), self.seed, *tfms)
 
 # %% ../../nbs/training/03_data.ipynb #303d51a3
 @patch
@@ -748,10 +770,20 @@ def train_batches(self:FolderData,
 
 # %% ../../nbs/training/03_data.ipynb #5edd1a38
 @patch
+def _as_they_are(self:FolderData, part):
+    "This process's batches of a list that is held apart"
+    mine = [(part, i) for i in range(self.rank, len(self.images.held[part]), self.world_size)]
+    yield from self._load([mine[i:i+self.eval_batch_size] for i in range(0, len(mine), self.eval_batch_size)])
+
+@patch
 def test_batches(self:FolderData): # yields x (N, C, H, W) float32, y (N,) int64
     "This process's test images: resized, centre cropped"
-    mine = [(None, i) for i in range(self.rank, self.n_test, self.world_size)]
-    yield from self._load([mine[i:i+self.eval_batch_size] for i in range(0, len(mine), self.eval_batch_size)])
+    return self._as_they_are('test')
+
+@patch
+def val_batches(self:FolderData): # yields x (N, C, H, W) float32, y (N,) int64
+    "This process's validation images, handed out like test images"
+    return self._as_they_are('val')
 
 # %% ../../nbs/training/03_data.ipynb #4a8f69b4
 _IMAGENET = ('it needs folders train and val with one folder of images for each class, '
@@ -771,18 +803,42 @@ def _imagenet(data_dir, **_):
     raise DataError(f'{where}: {why}; {_REMEDY}')
 
 # %% ../../nbs/training/03_data.ipynb #dd8356d9
+def _count(split):
+    "The number of images of a split, (x, y) tensors or a list of (path, label)"
+    return len(split) if isinstance(split, list) else len(split[0])
+
+def _take(split, ids):
+    "The images of a split with these numbers"
+    return [split[i] for i in ids.tolist()] if isinstance(split, list) else tuple(t[ids] for t in split)
+
 def _subset(
     split,    # (x, y) tensors, or a list of (path, label)
     n,        # number of images to choose; None is all
     name,     # of the data set, for the message
     what,     # 'train' or 'test'
+    apart=0,  # number of images that were there too and are kept apart, for the message
 ):
     "A fixed choice of `n` images of `split`"
-    have = len(split) if isinstance(split, list) else len(split[0])
+    have,beside = _count(split),f' beside the {apart} of n_val' if apart else ''
     if n is None or n==have: return split
-    if n>have: raise DataError(f'n_{what}={n}: {name} has only {have} {what} images')
-    keep = torch.randperm(have, generator=rng('subset', what))[:n].sort().values
-    return [split[i] for i in keep.tolist()] if isinstance(split, list) else tuple(t[keep] for t in split)
+    if n>have: raise DataError(f'n_{what}={n}: {name} has only {have} {what} images{beside}')
+    return _take(split, torch.randperm(have, generator=rng('subset', what))[:n].sort().values)
+
+# %% ../../nbs/training/03_data.ipynb #0589b005
+def _hold_out(
+    split,    # (x, y) tensors, or a list of (path, label): all training images
+    n,        # number of images to keep apart, 0 for none
+    name,     # of the data set, for the message
+    by_class, # are they stored class after class?
+):
+    "Training images and validation images"
+    have = _count(split)
+    if not n: return split,()
+    if n>=have: raise DataError(f'n_val={n}: {name} has {have} training images, and some must be left to train on')
+    apart = torch.arange(1, n+1)*have//n-1 if by_class else torch.arange(have-n, have)
+    left = torch.ones(have, dtype=torch.bool)
+    left[apart] = False
+    return _take(split, left.nonzero()[:,0]),_take(split, apart)
 
 # %% ../../nbs/training/03_data.ipynb #c8dd109f
 def _recolour(
@@ -796,10 +852,10 @@ def _recolour(
     return x.contiguous(),y
 
 # %% ../../nbs/training/03_data.ipynb #b9cb778c
-def _check_counts(batch_size, eval_batch_size, n_train, n_test, workers, rank, world_size):
+def _check_counts(batch_size, eval_batch_size, n_train, n_val, n_test, workers, rank, world_size):
     "Raise unless the numbers make sense and every process gets an equal share of a batch"
     given = dict(batch_size=(batch_size,1), eval_batch_size=(eval_batch_size,1), n_train=(n_train,1), n_test=(n_test,1),
-                 workers=(workers,0), world_size=(world_size,1))
+                 n_val=(n_val,0), workers=(workers,0), world_size=(world_size,1))
     with _as_data_error():
         for k,(v,least) in given.items():
             if v is not None: whole_number(v, k, least)
@@ -809,17 +865,18 @@ def _check_counts(batch_size, eval_batch_size, n_train, n_test, workers, rank, w
         raise DataError(f'batch_size={batch_size}: {want}')
 
 # %% ../../nbs/training/03_data.ipynb #a706ed36
-def _read(name, info, n_train, n_test, **where):
-    "Training part, test part and class names of data set `name`"
+def _read(name, info, n_train, n_val, n_test, **where):
+    "Training part, validation part, test part and class names of data set `name`"
     loader = {'cifar10': _cifar, 'cifar100': _cifar, 'tinyimagenet': _tinyimagenet, 'imagenet': _imagenet,
               'fashion-mnist': _fashion, 'digits': _digits, 'glyphs': _glyphs}[name]
-    try: train,test,classes = loader(name=name, n_train=n_train, n_test=n_test, **where)
+    try: train,test,classes = loader(name=name, n_train=n_train, n_val=n_val, n_test=n_test, **where)
     except OSError as e:
         raise DataError(f'{name}: {e.filename} cannot be read ({e.strerror or e}); {_REMEDY}') from None
     if len(classes)>info.num_classes:
         found = f'found {len(classes)} classes, expected at most {info.num_classes}'
         raise DataError(f'{name}: {found}; {_REMEDY}')
-    return _subset(train, n_train, name, 'train'),_subset(test, n_test, name, 'test'),classes
+    train,val = _hold_out(train, n_val, name, info.by_class)
+    return _subset(train, n_train, name, 'train', n_val),val,_subset(test, n_test, name, 'test'),classes
 
 # %% ../../nbs/training/03_data.ipynb #21296110
 def load_data(
@@ -831,7 +888,8 @@ def load_data(
     seed:int=0,               # order and moves of the training images follow from it
     workers:int=0,            # worker processes; only `imagenet` uses them
     device='cpu',             # where batches are delivered
-    n_train:int=None,         # use this many training images, all when None
+    n_train:int=None,         # use this many training images, all that are left when None
+    n_val:int=0,              # keep this many training images apart for validation, before `n_train` is chosen
     n_test:int=None,          # use this many test images, all when None
     download:bool=True,       # whether CIFAR and Fashion-MNIST may be downloaded
     rank:int=0,               # number of this process
@@ -839,12 +897,13 @@ def load_data(
 )->Data:
     "The data set `name`, ready to hand out batches"
     info = with_channels(dataset_info(name), channels)
-    _check_counts(batch_size, eval_batch_size, n_train, n_test, workers, rank, world_size)
-    train,test,classes = _read(name, info, n_train, n_test, data_dir=data_dir, download=download)
+    _check_counts(batch_size, eval_batch_size, n_train, n_val, n_test, workers, rank, world_size)
+    train,val,test,classes = _read(name, info, n_train, n_val, n_test, data_dir=data_dir, download=download)
     kwargs = dict(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, device=device,
                   rank=rank, world_size=world_size)
-    if name=='imagenet': return FolderData(name, info, classes, train, test, workers=workers, **kwargs)
-    return TensorData(name, info, classes, _recolour(train, channels), _recolour(test, channels), **kwargs)
+    if name=='imagenet': return FolderData(name, info, classes, train, test, val, workers=workers, **kwargs)
+    train,test,val = (_recolour(part, channels) if part else () for part in (train, test, val))
+    return TensorData(name, info, classes, train, test, val, **kwargs)
 
 # %% ../../nbs/training/03_data.ipynb #b3e58d11
 @patch

@@ -173,14 +173,15 @@ def _check_numbers(where, values, names, right=is_real):
         raise ValueError(f"{where} has {k}={values[k]!r}, expected a {kind}")
 
 # %% ../../nbs/training/07_folder.ipynb #0ff49769
-_ROW, _TESTED = ('lr', 'train_loss', 'train_acc'), ('test_loss', 'test_acc')
+_ROW, _TESTED, _VALIDATED = ('lr', 'train_loss', 'train_acc'), ('test_loss', 'test_acc'), ('val_loss', 'val_acc')
 _UPDATE = 'step', 'planned', 'confirmed', 'net_changed'
 
 def _check_row(where, row):
     "Raise unless a line of the history can be printed and drawn"
     _check_numbers(where, row, ('epoch', 'step'), is_whole)
-    tested = any(row.get(k, 0) is not None for k in _TESTED)
-    _check_numbers(where, row, _ROW + _TESTED if tested else _ROW)
+    due = _TESTED + _VALIDATED if any(k in row for k in _VALIDATED) else _TESTED
+    tested = any(row.get(k, 0) is not None for k in due)
+    _check_numbers(where, row, _ROW + due if tested else _ROW)
     if not isinstance(row.get('updates'), list): raise ValueError(f"{where} has no list of updates")
     for u in row['updates']: _check_numbers(f'an update in {where}', u, _UPDATE)
 

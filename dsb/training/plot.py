@@ -168,11 +168,18 @@ def _evaluated(history):
     "The epochs of a history that ended on a test"
     return [r for r in history if r['test_acc'] is not None]
 
+def _validated(history):
+    "Had the run validation images?"
+    return any('val_acc' in r for r in history)
+
 def _plot_both(ax, history, key, scale, loc):
-    "Lines of the training and the test value of `key`, times `scale`"
-    for part, rows, color in ('train', history, SOFT), ('test', _evaluated(history), INK):
+    "Lines of the training and the test value of `key`, times `scale`, and of the validation value where there is one"
+    tested = _evaluated(history)
+    lines = [('train', history, SOFT, 'train')]
+    if _validated(history): lines.append(('val', tested, NEW, 'validation'))
+    for part, rows, color, label in [*lines, ('test', tested, INK, 'test')]:
         epochs, values = [r['epoch'] for r in rows], [scale*r[f'{part}_{key}'] for r in rows]
-        ax.plot(epochs, values, color=color, label=part, marker='.' if len(rows) < 40 else None)
+        ax.plot(epochs, values, color=color, label=label, marker='.' if len(rows) < 40 else None)
     ax.legend(fontsize=8, frameon=False, loc=loc)
 
 # %% ../../nbs/training/04_plot.ipynb #bd7bebd9
@@ -197,9 +204,11 @@ def _plot_loss(ax, history):
 def _plot_accuracy(ax, history):
     "Do training and test accuracy part?"
     _plot_both(ax, history, 'acc', 100, 'lower right')
-    best = max(_evaluated(history), key=lambda r: r['test_acc'], default=None)
+    tested = _evaluated(history)
+    key, what = ('val_acc', 'test at best validation') if _validated(history) else ('test_acc', 'best test')
+    best = max(tested, key=lambda r: r[key], default=None)
     if best: ax.plot(best['epoch'], 100*best['test_acc'], 'o', color=NEW, ms=5)
-    found = f"best test {best['test_acc']:.2%}" if best else 'not tested yet'
+    found = f"{what} {best['test_acc']:.2%}" if best else 'not tested yet'
     plain_axes(ax, f'accuracy, %; {found}', 'epoch')
 
 # %% ../../nbs/training/04_plot.ipynb #4dfe4ebd
@@ -228,18 +237,41 @@ def _plot_movement(ax, history):
     ax.set_ylim(bottom=0); ax.set_xlim(0, history[-1]['epoch'])
     ax.legend(fontsize=8, frameon=False)
 
+# %% ../../nbs/training/04_plot.ipynb #6ecdeca2
+def _was_pruned(history): return any(u.get('pruned') for r in history for u in r.get('updates', ()))
+
+def _plot_density_over_time(ax, history):
+    "Share of active weights: the mean of each epoch, and that of the run"
+    epochs, shares = [r['epoch'] for r in history], [100*r['mean_density'] for r in history]
+    mean = sum(shares)/len(shares)
+    plain_axes(ax, f'density, %: mean {mean:.3g}, in the end {100*history[-1]["density"]:.3g}', 'epoch')
+    ax.plot(epochs, shares, color=NEW, lw=1.4, marker='.' if len(epochs) < 40 else None)
+    ax.axhline(mean, color=SOFT, lw=1, ls=':')
+    ax.set_ylim(bottom=0)
+
+# %% ../../nbs/training/04_plot.ipynb #6b33ee87
+def _plot_cost(ax, history):
+    "Time of a step and memory between steps, as shares of those of the first epoch"
+    times = [r for r in history if r['step_ms']]
+    plain_axes(ax, 'time of a step and memory, % of the first epoch', 'epoch')
+    for rows, k, unit, color in (times, 'step_ms', 'ms', INK), (history, 'state_mb', 'MB', NEW):
+        if not rows: continue
+        first, last = rows[0][k], rows[-1][k]
+        label = f'{first:.3g} to {last:.3g} {unit}'
+        ax.plot([r['epoch'] for r in rows], [100*r[k]/first for r in rows], color=color, lw=1.4, label=label)
+    ax.set_ylim(bottom=0); ax.legend(fontsize=8, frameon=False)
+
 # %% ../../nbs/training/04_plot.ipynb #92906119
 def plot_curves(
     history:list, # objects of `metrics.jsonl`
     title:str='', # above the picture
 ):
-    "Loss, accuracy, learning rate and movement of the structure over the epochs of a run"
-    fig = figure(9, 5.4)
-    (loss, accuracy), (rate, movement) = fig.subplots(2, 2)
-    _plot_loss(loss, history)
-    _plot_accuracy(accuracy, history)
-    _plot_rate(rate, history)
-    _plot_movement(movement, history)
+    "Loss, accuracy, learning rate and movement of the structure over the epochs of a run; its cost if it was pruned"
+    draws = [_plot_loss, _plot_accuracy, _plot_rate, _plot_movement]
+    if _was_pruned(history): draws[2:2] = [_plot_density_over_time, _plot_cost]
+    columns = len(draws)//2
+    fig = figure(4.5*columns, 5.4)
+    for ax, draw in zip(fig.subplots(2, columns).flat, draws): draw(ax, history)
     for ax in fig.axes: ax.xaxis.get_major_locator().set_params(integer=True)
     if title: fig.suptitle(title, fontsize=10, color=INK)
     return fig

@@ -119,7 +119,8 @@ def make_run(
     try:
         check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
-        point = {k: v for k, v in point.items() if k not in ignored(method)}
+        pruned = (values | point).get('initial_ratio', DEFAULTS['initial_ratio']) > 1
+        point = {k: v for k, v in point.items() if k not in ignored(method, pruned)}
         c = TrainConfig(**values | point)
     except ValueError as e:
         raise ValueError(f"{', '.join(_words(dict(label=label) | point, ' '))}: {e}") from None
@@ -304,9 +305,10 @@ def came_of_it(
     result:dict, # of `fit`
 )->dict:
     "The part of a line that a run knows"
-    seen = [h['test_acc'] for h in t.history if h['test_acc'] is not None]
-    return dict(result=result, test_acc=seen, train_loss=[round(h['train_loss'], 5) for h in t.history],
-                updates=movement(t.history, result['active']), seconds=result['seconds'])
+    seen = {k: [h[k] for h in t.history if h.get(k) is not None] for k in ('test_acc', 'val_acc')}
+    accs, losses = {k: v for k, v in seen.items() if v}, [round(h['train_loss'], 5) for h in t.history]
+    return dict(result=result, **accs, train_loss=losses, updates=movement(t.history, result['active']),
+                seconds=result['seconds'])
 
 # %% ../../nbs/training/09_sweep.ipynb #047c5651
 def made_with()->dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'join_group', 'leave_group', 'pick_device', 'structure_checksum', 'data_shape', 'width_of',
-           'build_model', 'Trainer', 'draw_run', 'saved_shape', 'restored']
+           'build_model', 'Trainer', 'state_bytes', 'mean_density', 'draw_run', 'saved_shape', 'restored']
 
 # %% ../../nbs/training/08_train.ipynb #ed8cae86
 import json, math, os, shutil, sys, time, zlib
@@ -23,7 +23,7 @@ from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
-from .config import RECIPES, TrainConfig, end_of_updates, lr_at
+from .config import RECIPES, TrainConfig, end_of_pruning, end_of_updates, lr_at
 from .data import dataset_info, load_data
 from .folder import (DATA_SHAPE, FORMAT, Claim, Diverged, Interrupted, Signals, holding, load_checkpoint,
                                  numbered, one_line, save_whole)
@@ -106,7 +106,8 @@ def build_model(
         model = create_model(c.model, dropout=c.dropout, width=width_of(c, shape), **shape)
     if c.method in DENSE: return model
     g, start = torch.Generator().manual_seed(c.seed), c.start or _usual_start(c)
-    return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start)
+    return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start,
+                    initial_ratio=c.initial_ratio)
 
 # %% ../../nbs/training/08_train.ipynb #f3d41db1
 class Trainer:
@@ -141,9 +142,11 @@ def _same_folder(self:Trainer):
 def _prepare(self:Trainer, data):
     "Data, model, optimizer, updater, counters"
     d = data or self._load_data()
-    self.data, self.steps_per_epoch = d, d.steps_per_epoch
+    self.data, self.steps_per_epoch, self.n_val = d, d.steps_per_epoch, getattr(d, 'n_val', 0)
     self.shape = dict(num_classes=d.num_classes, image_size=d.image_size, in_channels=d.channels)
-    self.config = replace(self.config, T_end=end_of_updates(self.config, self.steps_per_epoch))
+    ends = dict(T_end=end_of_updates(self.config, d.steps_per_epoch),
+                prune_end=end_of_pruning(self.config, d.steps_per_epoch))
+    self.config = replace(self.config, **ends)
     self._build()
     self._begin()
 
@@ -155,9 +158,15 @@ def _load_data(self:Trainer):
     if self.rank: dist.barrier()  # the first process downloads and fills the cache
     data = load_data(c.data_set, c.data_dir, batch_size=c.batch_size, seed=c.seed,
                      channels=data_shape(c)['in_channels'], device=self.device, rank=self.rank, world_size=self.world,
-                     workers=workers, n_train=c.n_train, n_test=c.n_test)
+                     workers=workers, n_train=c.n_train, n_val=c.n_val, n_test=c.n_test)
     if self.world > 1 and self.rank == 0: dist.barrier()
     return data
+
+# %% ../../nbs/training/08_train.ipynb #14e6d3de
+@patch(as_prop=True)
+def judge(self:Trainer)->str:
+    "What the best epoch is chosen by: 'val' or 'test'"
+    return 'val' if self.n_val else 'test'
 
 # %% ../../nbs/training/08_train.ipynb #0e4caf11
 @patch
@@ -183,7 +192,19 @@ def _parallel(self:Trainer):
 def _updater(self:Trainer):
     c, g = self.config, torch.Generator().manual_seed(self.config.seed)
     return Updater(self.net, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
-                   accumulate=c.accumulate, part=c.part, generator=g)
+                   accumulate=c.accumulate, part=c.part, generator=g, prune_end=c.prune_end)
+
+# %% ../../nbs/training/08_train.ipynb #8671bda5
+def state_bytes(
+    model:nn.Module, # sparse or not
+    copies:int=3,    # tensors of a parameter's size: itself, its gradient, its momentum
+)->int: # bytes
+    "What a run keeps in memory from step to step: parameters, gradients, momentum, structures and running statistics"
+    def total(ts): return sum(t.numel()*t.element_size() for t in ts)
+    return copies*total(model.parameters()) + total(model.buffers())
+
+@patch
+def _state_mb(self:Trainer): return round(state_bytes(self.model, 3 if self.config.momentum else 2)/1e6, 3)
 
 # %% ../../nbs/training/08_train.ipynb #02301372
 @patch
@@ -193,6 +214,7 @@ def _begin(self:Trainer):
     self.epoch, self.batch, self.step, self.seconds = c.start_epoch, 0, c.start_epoch*self.steps_per_epoch, 0.
     self.history, self.best = [], dict(acc=-1., epoch=0)
     if self.upd: self.upd.load_state_dict(self.upd.state_dict() | dict(t=self.step))
+    self.first_density, self.peak_mb = summary(self.model).density, self._state_mb()   # nothing ever grows
     self.start = {n: pack_mask(l.mask()).cpu() for n, l in sparse_layers(self.model).items()}
     self.rng = self._first_random_state()
     self.signals, self.bar = None, None                # there only within `fit`
@@ -227,7 +249,8 @@ def __repr__(self:Trainer): return f"{self.config.title}; {self.epoch} of {self.
 
 # %% ../../nbs/training/08_train.ipynb #0ae67fdb
 @patch
-def _info(self:Trainer): return dict(self.shape, steps_per_epoch=self.steps_per_epoch, world=self.world)
+def _info(self:Trainer):
+    return dict(self.shape, steps_per_epoch=self.steps_per_epoch, world=self.world, n_val=self.n_val)
 
 @patch
 def _all_random_states(self:Trainer):
@@ -257,7 +280,7 @@ def load_state(self:Trainer,
 ):
     "Put the run where `state` found it"
     info = self._info()
-    for k, v in ck['info'].items():
+    for k, v in ({'n_val': 0} | ck['info']).items():
         if info[k] != v: raise ValueError(f"the checkpoint's run had {k}={v}, this one has {info[k]}: "
                                           "use the same data and number of processes")
     self.model.load_state_dict(ck['model'])
@@ -377,10 +400,13 @@ def _epoch_line(self:Trainer):
     "What an epoch brought"
     r, n = self.history[-1], len(str(self.config.epochs))
     star = '*' if self.best['epoch'] == r['epoch'] else ' '
-    test = ' '*18 if r['test_acc'] is None else f"test {r['test_loss']:.3f} {r['test_acc']:6.2%}{star}"
+    part, loss, acc = ('val ' if self.n_val else 'test'), *(r[f'{self.judge}_{k}'] for k in ('loss', 'acc'))
+    judged = ' '*18 if acc is None else f"{part} {loss:.3f} {acc:6.2%}{star}"
     line = f"epoch {r['epoch']:>{n}}/{self.config.epochs} lr {r['lr']:<6.2g} "
-    line += f"train {r['train_loss']:.3f} {r['train_acc']:6.2%} {test}"
+    line += f"train {r['train_loss']:.3f} {r['train_acc']:6.2%} {judged}"
     if r['step_ms']: line += f"{r['step_ms']:5.0f} ms"
+    pruned = sum(u['pruned'] for u in r['updates'])
+    if pruned: line += f", {pruned} pruned"
     if r['updates']: line += f", {sum(u['net_changed'] for u in r['updates'])} moved"
     return line
 
@@ -429,29 +455,61 @@ def train_epoch(self:Trainer):
 
 # %% ../../nbs/training/08_train.ipynb #2d81737d
 @patch
-def evaluate(self:Trainer)->tuple: # mean loss, share of correct answers
-    "How the model does on the test images"
+def evaluate(self:Trainer,
+    part:str='test', # or 'val'
+)->tuple: # mean loss, share of correct answers
+    "How the model does on the test images, or on the validation images"
+    one_of(part, ('test', 'val') if self.n_val else ('test',), 'part')
+    batches = getattr(self.data, f'{part}_batches')
     if self.world > 1:
         for b in self.model.buffers(): dist.broadcast(b, 0)
     self.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=self.device)
     with torch.no_grad():
-        for x, y in self.data.test_batches():
+        for x, y in batches():
             loss, hits = self.forward(self.model, x, y)
             sums += _summed(loss, hits, len(y))
             if self.world == 1 and self._signal(): self._stop(self._signal())
     loss, hits, n = _over_ranks(sums).tolist()
     return loss/n, hits/n
 
+# %% ../../nbs/training/08_train.ipynb #299039e7
+@patch
+def _evaluations(self:Trainer, due):
+    "The losses and accuracies of an epoch, each None where none are due"
+    found = {}
+    for part in dict.fromkeys([self.judge, 'test']):
+        loss, acc = self.evaluate(part) if due else (None, None)
+        if due and not math.isfinite(loss):
+            what = 'validation' if part == 'val' else part
+            raise self._diverged(f"the {what} loss is not finite after epoch {self.epoch+1}")
+        found |= {f'{part}_loss': loss, f'{part}_acc': acc}
+    return found
+
+# %% ../../nbs/training/08_train.ipynb #317ed97c
+def mean_density(
+    density:float, # at the end of some steps
+    size:int,      # weights of all layers
+    updates:list,  # reports of the updates on the way, as dicts
+    first:int,     # number of the first step, from 0
+    last:int,      # that after the last one
+)->float:
+    "Mean density over these steps, each with the weights that it computed with"
+    before = sum(u['pruned']*(u['step']+1-first) for u in updates)
+    return density + before/(size*(last-first))
+
 # %% ../../nbs/training/08_train.ipynb #5effbef6
 @patch
-def _epoch_row(self:Trainer, test_loss, test_acc):
+def _epoch_row(self:Trainer, evaluations):
     "The line of the epoch that has just ended"
     loss, hits, n = _over_ranks(self.sums).tolist()
     lr = lr_at(self.step-1, self.steps_per_epoch, self.config)
     step_ms = round(median(self.times), 3) if self.times else None
-    return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, test_loss=test_loss,
-                test_acc=test_acc, density=summary(self.model).density, step_ms=step_ms, updates=self.updates)
+    s = summary(self.model)
+    mean = mean_density(s.density, s.size, self.updates, self.step-self.batch, self.step)
+    return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, **evaluations,
+                density=s.density, mean_density=mean, state_mb=self._state_mb(), step_ms=step_ms,
+                updates=self.updates)
 
 # %% ../../nbs/training/08_train.ipynb #2899588f
 @patch
@@ -468,27 +526,43 @@ def close_epoch(self:Trainer):
     "Evaluate if it is time, write the epoch's line into the history, save"
     self._same_structure()
     due = (self.epoch+1) % self.config.eval_every == 0 or self.epoch+1 == self.config.epochs
-    test_loss, test_acc = self.evaluate() if due else (None, None)
-    if due and not math.isfinite(test_loss):
-        raise self._diverged(f"the test loss is not finite after epoch {self.epoch+1}")
-    self.history.append(self._epoch_row(test_loss, test_acc))
+    evaluations = self._evaluations(due)
+    self.history.append(self._epoch_row(evaluations))
     self.epoch, self.batch = self.epoch+1, 0
     self._new_epoch()
-    better = due and test_acc > self.best['acc']
-    if better: self.best = dict(acc=test_acc, epoch=self.epoch)
+    acc = evaluations[f'{self.judge}_acc']
+    better = due and acc > self.best['acc']
+    if better: self.best = dict(acc=acc, epoch=self.epoch)
     self.save(better)
     if self.verbose: self._tell(self._epoch_line())
 
 # %% ../../nbs/training/08_train.ipynb #7c9adc6a
 @patch
+def _best(self:Trainer):
+    "The best epoch so far, its test accuracy, and what it was chosen by if that is another"
+    acc, epoch = self.best['acc'], self.best['epoch']
+    if not self.n_val: return dict(best_acc=acc, best_epoch=epoch)
+    tested = [r['test_acc'] for r in self.history if r['epoch'] == epoch]
+    return dict(best_acc=tested[0] if tested else -1., best_epoch=epoch, best_val_acc=acc)
+
+@patch
 def result(self:Trainer)->dict:
     "The run in a few numbers"
     c, s = self.config, summary(self.model)
     rule = rule_name(self.upd.rule) if self.upd and self.upd.grow else None
-    return dict(best_acc=self.best['acc'], best_epoch=self.best['epoch'], final_acc=self.history[-1]['test_acc'],
-                method=c.method, rule=rule, density=s.density, sparsity=c.sparsity, block_size=c.block_size,
-                distribution=c.distribution, model=c.model, data_set=c.data_set, epochs=self.epoch, steps=self.step,
-                seed=c.seed, active=s.active, structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
+    return dict(self._best(), final_acc=self.history[-1]['test_acc'], method=c.method, rule=rule, density=s.density,
+                **self._over_time(), sparsity=c.sparsity, block_size=c.block_size,
+                distribution=c.distribution, model=c.model,
+                data_set=c.data_set, epochs=self.epoch, steps=self.step, seed=c.seed, active=s.active,
+                structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
+
+@patch
+def _over_time(self:Trainer):
+    "Density, memory and time of a step over the run: means and peaks"
+    def mean(k): return sum(r[k] for r in self.history)/len(self.history)
+    times = [r['step_ms'] for r in self.history if r['step_ms']]
+    return dict(mean_density=mean('mean_density'), initial_density=self.first_density, peak_mb=self.peak_mb,
+                state_mb=self._state_mb(), step_ms=median(times) if times else None)
 
 # %% ../../nbs/training/08_train.ipynb #f460d0f2
 def draw_run(
