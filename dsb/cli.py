@@ -341,11 +341,11 @@ def _ready(given, recipe):
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 # %% ../nbs/06_cli.ipynb #9f12a7be
-def _as_run(t):
+def _as_run(model, config, device='cpu'):
     "The summary of a run's model as its steps compute it"
     import torch
     from dsb.sparsify import summary
-    with torch.autocast(t.device.type, torch.bfloat16, enabled=t.config.amp): return summary(t.model)
+    with torch.autocast(device, torch.bfloat16, enabled=config.amp): return summary(model)
 
 def _slow(s):
     "A sentence about layers that only the reference can compute, or nothing; what it says need not be warned of again"
@@ -367,7 +367,7 @@ def _headline(t, kept):
     if kept: where += ', freed memory kept'
     if t.world > 1: where += f" in each of {t.world} processes"
     what = f"epochs {t.epoch+1} to {t.config.epochs} of {t.steps_per_epoch} steps"
-    s = _as_run(t)
+    s = _as_run(t.model, t.config, t.device.type)
     return f"{t.config.title}\n{what}, {where}, in {t.out}\n{s.computed()}{_slow(s)}"
 
 # %% ../nbs/06_cli.ipynb #0625cdf5
@@ -421,7 +421,8 @@ def train_command(
 # %% ../nbs/06_cli.ipynb #b078c072
 def _judged_by(history):
     "What the best epoch of a run was chosen by"
-    return 'validation' if any('val_acc' in r for r in history) else 'test'
+    from dsb.training.plot import was_validated
+    return 'validation' if was_validated(history) else 'test'
 
 def _pair(loss, acc):
     "Loss and accuracy in a run's table, blank where there was no evaluation"
@@ -438,11 +439,12 @@ def _run_row(r, best, pruned):
 # %% ../nbs/06_cli.ipynb #8adf2ff0
 def _run_table(head, ck):
     "The history of a run, about ten lines of it"
+    from dsb.training.plot import was_pruned
     h, best = ck['history'], ck['best']['epoch']
     every, by = max(1, len(h)//10), _judged_by(ck['history'])
     val = f"{'val loss':>11}{'val acc':>10}" if by == 'validation' else ''
     test = f"{'test loss':>11}{'test acc':>10}"
-    pruned = any(u.get('pruned') for r in h for u in r['updates'])
+    pruned = was_pruned(h)
     density = f"{'density':>9}" if pruned else ''
     names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{val}{test}{density}{'moved':>8}"
     shown = [r for r in h if r['epoch'] % every == 0 or r is h[-1] or r['epoch'] == best]
@@ -452,15 +454,12 @@ def _run_table(head, ck):
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
     "What is to be said of a run; its pictures are drawn on the way"
-    import torch
-    from dsb.sparsify import summary
     from dsb.training.train import draw_run, restored
     c, model = TrainConfig(**ck['config']), restored(ck)
     try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
     except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
     head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
-    with torch.autocast('cpu', torch.bfloat16, enabled=c.amp): layers = summary(model)
-    return '\n'.join([_run_table(head, ck), str(layers), drawn])
+    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), drawn])
 
 # %% ../nbs/06_cli.ipynb #ecf975a1
 def _run_parser(name, about):

@@ -369,8 +369,8 @@ def _prunes(self:Updater):
 @patch
 def _due(self:Updater, ahead=0):
     "Is there an update so many steps ahead?"
-    if not (self._moves(ahead) or self._prunes()): return False
-    return self.pending and not ahead or is_update(self.t+ahead, self.T, math.inf)
+    if not (self.pending and not ahead or is_update(self.t+ahead, self.T, math.inf)): return False
+    return self._moves(ahead) or self._prunes()   # the second looks at every layer, so not at every step
 
 # %% ../nbs/04_topology.ipynb #59f26b5f
 @patch
@@ -470,7 +470,7 @@ class Report:
 @patch
 def as_dict(self:Report)->dict: # counts, and two shares in [0, 1]
     "Totals as plain numbers"
-    n = {k:self.total(k) for k in 'size planned confirmed grown survived changed ever active pruned'.split()}
+    n = {k:self.total(k) for k in 'size planned confirmed grown survived changed ever pruned'.split()}
     counts = {k:n[k] for k in ('planned','confirmed','grown')} | dict(net_changed=n['changed'], pruned=n['pruned'])
     shares = dict(survived=n['survived']/max(n['grown'],1), ever_active=n['ever']/n['size'])
     return dict(step=self.step, drop_fraction=self.drop_fraction, **counts, **shares)
@@ -662,7 +662,7 @@ def step(self:Updater)->'Report': # or None when no update was made
     if stepped: self._disarm(due)
     self._note_idle(stepped)
     self.t += 1
-    self.pending &= self._moves() or self._prunes()
+    self.pending = self.pending and (self._moves() or self._prunes())
     if stepped: self.stepped = set()
     self._arm()
     return report

@@ -9,7 +9,7 @@ __all__ = ['supports', 'conv2d', 'linear', 'conv2d_backward', 'linear_backward']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .reference import ConvArgs, dense_wgrad, fits, is_channels_last
+from .reference import ConvArgs, dense_wgrad, fits, in_format_of
 from ..structure.blocks import ShuffledBlocks
 
 # %% ../../nbs/kernels/08_dense.ipynb #fde95c37
@@ -19,10 +19,6 @@ def _weight(values, s, a, like):
     return w if a is None else w.view(s.shape[0], -1, *a.kernel_size)
 
 def _bias(bias, like): return bias if bias is None else bias.to(like.dtype)
-
-def _in_format_of(x, y):
-    "`y` in the memory format of `x`, NCHW or channels_last"
-    return y.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 # %% ../../nbs/kernels/08_dense.ipynb #04af7b78
 def supports(
@@ -43,7 +39,7 @@ def conv2d(
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "Convolution with the dense weight"
     fits(x, values, bias, s, a)
-    return _in_format_of(x, F.conv2d(x, _weight(values, s, a, x), _bias(bias, x), *a[1:]))
+    return in_format_of(x, F.conv2d(x, _weight(values, s, a, x), _bias(bias, x), *a[1:]))
 
 def linear(
     x:Tensor,         # (M, K)
@@ -70,7 +66,7 @@ def conv2d_backward(
     how = *a[1:4],False,[0,0],a.groups,[need_x,need_values,False]
     dx,dW,_ = torch.ops.aten.convolution_backward(dy, x, _weight(values, s, a, x), None, *how)
     dv = s.gather(dW.flatten(1)).to(values.dtype) if need_values else None
-    return _in_format_of(x, dx) if need_x else None,dv
+    return in_format_of(x, dx) if need_x else None,dv
 
 def linear_backward(
     dy:Tensor,         # (M, O) gradient of the output

@@ -302,11 +302,15 @@ def _distribute(shapes, sparsity, block_size, distribution, caps)->dict:
     raise ValueError(f"sparsity={sparsity} can't be reached: {why}; nearest reachable sparsity: {near}")
 
 # %% ../../nbs/structure/03_density.ipynb #39192ff4
+def _as_budget(cap, full, short, block_size)->Budget:
+    "Budget of a sparse layer, even if nothing in it is zero"
+    active = full*cap.block + short*cap.short*cap.short_block
+    return Budget(cap.size, active, full+short*cap.short if block_size else 0, short)
+
 def _sparse_budget(cap, full, short, block_size)->Budget:
     "Budget of a layer with `full` blocks in its full row groups and `short` blocks in each short one"
-    active = full*cap.block + short*cap.short*cap.short_block
-    if active==cap.size: return Budget(active, active, reason='full density')
-    return Budget(cap.size, active, full+short*cap.short if block_size else 0, short)
+    b = _as_budget(cap, full, short, block_size)
+    return b if b.active<cap.size else Budget(cap.size, cap.size, reason='full density')
 
 # %% ../../nbs/structure/03_density.ipynb #d7b5a462
 def budgets(
@@ -354,11 +358,6 @@ def initial_budgets(
     return Budgets({n:_no_less(_as_budget(caps[n], *parts[n], block_size), b) for n,b in sparse.items()})
 
 # %% ../../nbs/structure/03_density.ipynb #78344b32
-def _as_budget(cap, full, short, block_size)->Budget:
-    "Budget of a sparse layer, even if nothing in it is zero"
-    active = full*cap.block + short*cap.short*cap.short_block
-    return Budget(cap.size, active, full+short*cap.short if block_size else 0, short)
-
 def _no_less(b, least)->Budget:
     "The larger of two budgets of a layer: rounding must not take away what it ends with"
     return b if b.active>=least.active and b.n_short>=least.n_short else least
