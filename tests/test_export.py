@@ -93,6 +93,15 @@ def test_load_takes_runs(run, model):
     for path in run, run/'best.pt', run/'last.pt':
         with torch.no_grad(): assert torch.equal(dsb.load(path)(IMAGES), model(IMAGES))
 
+def test_the_lines_of_the_readme(run, model, root, tmp_path):
+    "The main job's run is loaded by the two lines that follow it"
+    text = (root/'README.md').read_text(encoding='utf-8')
+    job = text.index('--out runs/digits')
+    lines = text[text.index('```python', job):].split('```')[1].removeprefix('python')
+    assert lines.strip().splitlines() == ['import dsb', "model = dsb.load('runs/digits')"]
+    shutil.copytree(run, tmp_path/'runs/digits')
+    assert fresh(lines + 'print(dsb.summary(model).density)', tmp_path).strip() == str(dsb.summary(model).density)
+
 @pytest.mark.parametrize('options, compact', [('--method dense', False), ('--method small-dense --sparsity .8', False), ('--method rigl --sparsity .8', True)])
 def test_other_methods(options, compact, tmp_path, capsys):
     "Dense runs, narrow ones and single entries in the formats that can hold them"

@@ -90,34 +90,37 @@ def runtime_answers(
     image = {'image': x.contiguous().numpy()}
     return {('float32','dense','onnxruntime'): lambda: torch.from_numpy(session.run(['logits'], image)[0])}
 
-# %% ../../nbs/bench/06_inference.ipynb #ee69f7f1
+# %% ../../nbs/bench/06_inference.ipynb #ad495908
 def sparse_answers(
     name:str, x:torch.Tensor, kinds:list, # as in `dense_answers`
     plans,   # (distribution, density) pairs
     B:int,   # block size
-)->dict: # (numbers, 'sparse', distribution, density) -> `Answer`
+    compiled:bool, # through torch.compile, too?
+)->dict: # (numbers, 'sparse', distribution, density, way) -> `Answer`
     "The sparse networks"
     fns = {}
     for kind in kinds:
         for dist,d in plans:
             model = sparse_model(name, dist, d, B, **image_of(name)).eval().to(CPU_NUMBERS[kind])
-            fns[kind, 'sparse', dist, d] = Answer(for_inference(model, x.to(CPU_NUMBERS[kind])), x, kind=kind)
+            model,key = for_inference(model, x.to(CPU_NUMBERS[kind])),(kind,'sparse',dist,d)
+            fns[*key,'eager'] = Answer(model, x, kind=kind)
+            if compiled: fns[*key,'compiled'] = Answer(model, x, kind=kind, compiled=True)
     return fns
 
-# %% ../../nbs/bench/06_inference.ipynb #ce9f8f31
+# %% ../../nbs/bench/06_inference.ipynb #009b241d
 def disagreements(
     fns:dict, # (numbers, kind, …) -> function; those of one kind and the same rest have the same weights
 )->list: # names of those that are wrong
     "Contestants whose outputs are not those of their network in float32"
     truth,wrong = {},[]
-    for k,f in sorted(fns.items(), key=lambda o: (o[0][0]!='float32', o[0][2]!='nchw')):
-        y,of = f().float(),k[1:2] if k[1]=='dense' else k[1:]
+    for k,f in sorted(fns.items(), key=lambda o: (o[0][0]!='float32', o[0][-1] not in ('nchw','eager'))):
+        y,of = f().float(),k[1:2] if k[1]=='dense' else k[1:4]
         want = truth.setdefault(of, y)
         if not float((y-want).abs().max())<=(.1 if k[0]=='bfloat16' else .005)*float(want.abs().max()): wrong.append(k)
     return wrong
 
-# %% ../../nbs/bench/06_inference.ipynb #7ac8abc0
-def _rival(k): return k[:2] if k[1]=='dense' else k
+# %% ../../nbs/bench/06_inference.ipynb #86c88a12
+def _rival(k): return k[:-1]
 
 def _run(name, fns, repeats):
     "Samples of those who qualified, the qualifying round, the register peak meanwhile, and who is out"
@@ -132,7 +135,7 @@ def _run(name, fns, repeats):
     peak = flops/1e6/spread(samples.pop(('peak',)))['ms'] if run else None
     return samples,early,peak,out
 
-# %% ../../nbs/bench/06_inference.ipynb #e547bc89
+# %% ../../nbs/bench/06_inference.ipynb #6a46763a
 def inference_record(
     samples:dict, # name of a contestant -> seconds
     early:dict,   # name -> `spread` in the qualifying round
@@ -146,13 +149,13 @@ def inference_record(
     any_ms,rows = min(v['ms'] for v in dense.values()),[]
     for k in [k for k in ms if k[1]=='sparse']:
         kept = dict(sparse_layers=len(sparse_layers(models[k])), folded=is_folded(models[k]))
-        row = dict(numbers=k[0], distribution=k[2], density=k[3], **ms[k], **kept, ratio_any=any_ms/ms[k]['ms'])
-        rows.append(row | dict(ratio=dense[best[k[0]]]['ms']/ms[k]['ms']))
-    def named(d): return [dict(numbers=k[0], way=k[2], **v) for k,v in d.items()]
+        ratios = dict(ratio=dense[best[k[0]]]['ms']/ms[k]['ms'], ratio_any=any_ms/ms[k]['ms'])
+        rows.append(dict(zip(('numbers','distribution','density','way'), (k[0], *k[2:])), **ms[k], **kept, **ratios))
+    def named(d): return [dict(numbers=k[0], way=k[2], **v) for k,v in d.items() if k[1]=='dense']
     return dict(dense=named(dense), qualifying=named({k:v for k,v in early.items() if k not in ms}), sparse=rows,
                 best={n:k[2] for n,k in best.items()}, any_ms=any_ms)
 
-# %% ../../nbs/bench/06_inference.ipynb #3767c1eb
+# %% ../../nbs/bench/06_inference.ipynb #b96c1437
 def measure_inference(
     name:str,      # of a network
     batch:int,     # images at once
@@ -166,19 +169,19 @@ def measure_inference(
     "One network, one batch size, every way to compute it"
     x = random_batch(batch, 'nchw', **image_of(name))[0]
     fns = dense_answers(name, x, kinds, compiled) | runtime_answers(session, x)
-    fns |= sparse_answers(name, x, kinds, plans, B)
+    fns |= sparse_answers(name, x, kinds, plans, B, compiled)
     samples,early,peak,out = _run(name, fns, repeats)
     models = {k:f.model for k,f in fns.items() if k[1]=='sparse'}
     if compiled: torch._dynamo.reset()
     head = dict(model=name, batch=batch, size=image_of(name)['size'], peak_gflops=peak)
     return head | inference_record(samples, early, models),left_out(f'{name}, batch {batch}', out)
 
-# %% ../../nbs/bench/06_inference.ipynb #f2de9bbd
+# %% ../../nbs/bench/06_inference.ipynb #c81aa184
 def _line(name, v, batch, *ratios): return [name, as_ms(v['ms']), f"{1000*batch/v['ms']:.0f}", *(ratios or ('', ''))]
 
 def _sparse_name(r):
     "What a sparse contestant is, and what became of it"
-    how = 'folded' if r['folded'] else 'fused'
+    how = ('folded' if r['folded'] else 'fused') + ', compiled'*(r['way']=='compiled')
     return f"{r['distribution']} {r['density']:g}, {r['numbers']}, {how}, {r['sparse_layers']} layers sparse"
 
 def inference_table(
