@@ -164,3 +164,30 @@ def test_flipped_bits(run, tmp_path, capsys):
             continue
         assert all(torch.equal(got[k], want[k]) for k in want)
     assert refused > 80
+
+def shaken(model):
+    "The model in evaluation and float64, its BatchNorms with random numbers"
+    g = torch.Generator().manual_seed(0)
+    for m in model.double().modules():
+        if not isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)): continue
+        for t in (m.running_mean, m.bias, m.weight): t.data.copy_(torch.randn(t.shape, generator=g))
+        m.running_var.copy_(torch.rand(m.running_var.shape, generator=g) + .1)
+    return model.eval()
+
+@pytest.mark.parametrize('name, left', [('resnet18', 0), ('shufflenet_v2_x0_5', 0), ('mobilenet_v3_small', 0), ('regnet_y_400mf', 0), ('densenet121', 62)])
+def test_fold_of_other_models(name, left):
+    "Networks that are written in many ways, some with branches, splits and attention over channels"
+    import torchvision
+    m = shaken(torchvision.models.get_model(name, num_classes=5))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    f = dsb.fold(m)
+    assert sum(isinstance(o, torch.nn.BatchNorm2d) for o in f.modules()) == left
+    with torch.no_grad(): want, got = m(x), f(x)
+    assert float((got-want).abs().max()) < 1e-12*float(want.abs().max())
+
+def test_fold_of_scripts():
+    "A compiled part stays as it is"
+    inner = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8)).eval()
+    m = shaken(torch.nn.Sequential(torch.jit.script(inner), torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8)))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    with torch.no_grad(): assert torch.allclose(dsb.fold(m)(x), m(x))

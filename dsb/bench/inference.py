@@ -7,7 +7,7 @@ __all__ = ['INFERENCE_OPTIONS', 'image_of', 'Answer', 'dense_answers', 'runtime'
            'disagreements', 'inference_record', 'measure_inference', 'inference_table', 'plot_inference',
            'inference_job']
 
-# %% ../../nbs/bench/06_inference.ipynb #07489d71
+# %% ../../nbs/bench/06_inference.ipynb #4f48a440
 import tempfile
 import torch
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from ..production.formats import export
 from ..production.serve import for_inference
 from ..sparsify import sparse_layers
 from ..structure.density import DISTRIBUTIONS
-from ..training.models import canonical_name
+from ..training.models import canonical_name, model_names
 from ..training.plot import INK, NEW, OLD, SOFT, figure
 
 # %% ../../nbs/bench/06_inference.ipynb #540f004b
@@ -215,16 +215,17 @@ def plot_inference(
     name_bars(ax, [n for n,*_ in bars], 'times faster than the best dense way in any numbers')
     return fig
 
-# %% ../../nbs/bench/06_inference.ipynb #421d557c
-_MINE = '--batch','--format'
+# %% ../../nbs/bench/06_inference.ipynb #f5ab3c02
+_OTHERS = [o for o in COMMON_OPTIONS if o[0][0] not in ('--batch','--format')]
+_USUAL = ','.join(o for o in ('wrn-22-2','ResNet50','vit-small') if o in model_names())
 INFERENCE_OPTIONS = [
-    (['--model'], dict(metavar='M[,M...]'), 'wrn-22-2,ResNet50', 'wrn-22-2', "networks"),
+    (['--model'], dict(metavar='M[,M...]'), _USUAL, 'wrn-22-2', "networks"),
     (['--batch'], dict(metavar='N[,N...]'), '1,8,128', '1,8', "images at once"),
     (['--distribution'], dict(metavar='D[,D...]'), 'uniform', 'uniform', "how the density is shared out"),
     (['--density'], dict(metavar='D[,D...]'), '.1', '.1', "shares of active weights over the whole network, in (0, 1]"),
     (['--repeats'], dict(type=int, metavar='N'), 7, 2, "rounds in which everything has its turn"),
     (['--no_onnx'], dict(action='store_true'), False, False, "leave onnxruntime out of the dense baselines"),
-    NUMBERS_OPTION, *(o for o in COMMON_OPTIONS if o[0][0] not in _MINE)]
+    NUMBERS_OPTION, *_OTHERS]
 
 def _batches(text):
     "Batch sizes from a comma-separated list"

@@ -56,16 +56,15 @@ def fold_into(
     _multiply(layer, by)
     _set_bias(layer, b)
 
-# %% ../../nbs/production/01_fold.ipynb #c8730d19
+# %% ../../nbs/production/01_fold.ipynb #4e8434b6
 class _Children(fx.Tracer):
     "Records a module's own `forward`"
     def is_leaf_module(self, m, name): return True
 
 def _recorded(m):
     "What `forward` of a module in evaluation does, or None"
-    if len(inspect.signature(m.forward).parameters)!=1: return
     before = dict(m.__dict__)
-    try: return _Children().trace(m)
+    try: return _Children().trace(m) if len(inspect.signature(m.forward).parameters)==1 else None
     except Exception: return   # it stays as it is, BatchNorm included
     finally:
         m.__dict__.clear()
@@ -88,11 +87,12 @@ def _recorded_pairs(m):
     pairs = [(named[a.target], named[b.target]) for a,b in nodes]
     return [(a,b) for a,b in pairs if calls[id(a)]==calls[id(b)]==1]
 
-# %% ../../nbs/production/01_fold.ipynb #8fa395f1
+# %% ../../nbs/production/01_fold.ipynb #ffaceddd
 def neighbours(
     m:nn.Module, # in evaluation
 )->list: # pairs of modules
     "Modules inside `m` of which the second reads what the first gives, and nobody else does"
+    if isinstance(m, torch.jit.ScriptModule): return []
     if type(m).forward is nn.Sequential.forward: return list(zip(list(m), list(m)[1:]))
     return _recorded_pairs(m)
 
@@ -128,7 +128,7 @@ class Vectors(nn.Identity):
         if x.dim()!=2: raise ValueError(f'input of shape {tuple(x.shape)}: the BatchNorm folded here expects (N, C)')
         return x
 
-# %% ../../nbs/production/01_fold.ipynb #8f8cbcf5
+# %% ../../nbs/production/01_fold.ipynb #07c44071
 @torch.no_grad()
 def fold(
     model:nn.Module, # sparse or dense, fused or not; not changed
@@ -141,8 +141,9 @@ def fold(
             if bn in taken or not all(single(o) and _plain(o) for o in (layer,bn)): continue
             fold_into(layer, bn, behind)
             taken[bn] = Vectors() if isinstance(bn, nn.BatchNorm1d) else nn.Identity()
-    for m in new.modules():
-        m._modules.update({k:taken[c].eval() for k,c in m._modules.items() if c in taken})
+    for m in list(new.modules()):
+        for k,c in list(m._modules.items()):
+            if c in taken: m._modules[k] = taken[c].eval()
     new.__dict__['dsb_folded'] = True
     return new
 
