@@ -203,6 +203,8 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
+        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
+               "BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR'),
         option('--momentum', "momentum of SGD", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only", 'W'),
@@ -216,7 +218,10 @@ def _training_options():
 def _run_options():
     return [
         option('--out', "folder of the run; default runs/DATA-MODEL-METHOD-...", 'DIR'),
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=''),
+        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=None),
+        option('--save_every', "write a checkpoint every N steps, also within an epoch; 0: every ten minutes"),
+        option('--keep', "checkpoints to keep before the last one, to go back to where that is damaged"),
+        option('--on_nan', "at a loss or a gradient that is no number: stop, or skip the step", 'HOW'),
         option('--device', _or(CHOICES['device'])),
         option('--cuda', "which GPU", 'N', type=str),
         option('--workers', "processes that read image files; default: one per core, as far as useful"),
@@ -318,6 +323,7 @@ def continued(
     "The trainer of a run that goes on"
     from dsb.training.folder import load_checkpoint
     from dsb.training.train import MAY_CHANGE, Trainer
+    if not given['resume']: raise ValueError("--resume names nothing: give the folder of a run, or a checkpoint in it")
     path, ck = load_checkpoint(given['resume'])
     changes = {k: v for k, v in given.items() if k in MAY_CHANGE}
     if 'cuda' in changes: changes['cuda'] = _gpu(changes['cuda'])
@@ -332,12 +338,13 @@ def continued(
 def _ready(given, recipe):
     "The trainer that the options ask for, or one line and status 2"
     try:
-        from dsb.training.folder import Diverged
+        from dsb.training.folder import Diverged, Trouble
         from dsb.training.train import Trainer
-        if given.get('resume'): return continued(given)
+        if given.get('out') == '': raise ValueError("--out names nothing: give a folder, or leave it out")
+        if 'resume' in given: return continued(given)
         config, out = TrainConfig(**options_to_config(given, recipe)), given.get('out')
         return Trainer(config, out or default_out(config), another=not out)
-    except ValueError as e: fail(e)
+    except (ValueError, Trouble) as e: fail(e)
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 # %% ../nbs/06_cli.ipynb #9f12a7be
@@ -383,7 +390,7 @@ def _outcome(r, out):
 def _train(t, keep):
     "Fit, and say how it went; keep freed memory?"
     from dsb.training.data import DataError
-    from dsb.training.folder import Diverged, InUse, Interrupted
+    from dsb.training.folder import Diverged, InUse, Interrupted, Trouble
     from dsb.training.train import leave_group
     from dsb.training.tune import tune
     def tell(line):
@@ -394,7 +401,8 @@ def _train(t, keep):
     try: r = t.fit()
     except Interrupted as e: e.args = (f"{e}; saved, continue with --resume {shlex.quote(str(t.out))}",); raise
     except Diverged as e: fail(e, 1)
-    except (DataError, InUse) as e: fail(e)
+    except DataError as e: fail(f"{e}; continue with --resume" if t.step and t.out else e)
+    except (InUse, Trouble) as e: fail(e)
     leave_group()
     tell(_outcome(r, t.out))
     return 0

@@ -8,7 +8,7 @@ __all__ = ['MAY_CHANGE', 'join_group', 'leave_group', 'pick_device', 'structure_
 
 # %% ../../nbs/training/08_train.ipynb #ed8cae86
 import json, math, os, shutil, sys, time, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -24,9 +24,9 @@ from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
 from .config import RECIPES, TrainConfig, end_of_pruning, end_of_updates, lr_at
-from .data import dataset_info, load_data
-from .folder import (DATA_SHAPE, FORMAT, Claim, Diverged, Interrupted, Signals, holding, load_checkpoint,
-                                 numbered, one_line, save_whole)
+from .data import DataError, dataset_info, load_data
+from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble, best_of, holding,
+                                 is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole, sealed)
 from .models import create_model, model_channels, small_width
 
 # %% ../../nbs/training/08_train.ipynb #c6385b6a
@@ -128,7 +128,7 @@ class Trainer:
         self.claim = Claim(self.out, resume, another) if self.out is not None and self.rank == 0 else None
         with holding(self.claim):
             if self.out is not None and another: self._same_folder()
-            self._prepare(data)
+            with self._enough_memory(): self._prepare(data)
 
 # %% ../../nbs/training/08_train.ipynb #c8f0b16d
 @patch
@@ -167,6 +167,26 @@ def _load_data(self:Trainer):
 def judge(self:Trainer)->str:
     "What the best epoch is chosen by: 'val' or 'test'"
     return 'val' if self.n_val else 'test'
+
+# %% ../../nbs/training/08_train.ipynb #fdd423c8
+@patch
+def _kept(self:Trainer):
+    "What there is to continue from"
+    last = None if self.out is None else self.out/'last.pt'
+    kept = last is not None and last.exists()
+    return f"the last good checkpoint is {last}" if kept else "no checkpoint was written before"
+
+@patch
+@contextmanager
+def _enough_memory(self:Trainer):
+    "Turn an error that memory was used up into a `Trouble` that says what might help"
+    try: yield
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        c, at = self.config, f"at step {self.step}" if hasattr(self, 'step') else 'before the first step'
+        raise Trouble(f"out of memory {at}, with batch_size={c.batch_size}: {self._kept()}; continue with --resume where "
+                      "there is more memory, or start anew with a smaller --batch_size or with --accumulate_steps "
+                      f"{2*c.accumulate_steps}, which computes a batch in parts") from None
 
 # %% ../../nbs/training/08_train.ipynb #0e4caf11
 @patch
@@ -212,19 +232,20 @@ def _begin(self:Trainer):
     "All counters at the start of the run, or at the epoch from which the config says it goes on"
     c = self.config
     self.epoch, self.batch, self.step, self.seconds = c.start_epoch, 0, c.start_epoch*self.steps_per_epoch, 0.
-    self.history, self.best = [], dict(acc=-1., epoch=0)
+    self.history, self.best = [], best_of([], self.judge)
     if self.upd: self.upd.load_state_dict(self.upd.state_dict() | dict(t=self.step))
     self.first_density, self.peak_mb = summary(self.model).density, self._state_mb()   # nothing ever grows
     self.start = {n: pack_mask(l.mask()).cpu() for n, l in sparse_layers(self.model).items()}
     self.rng = self._first_random_state()
     self.signals, self.bar = None, None                # there only within `fit`
+    self.intact = True                                 # is the `last.pt` that is there a good one?
     self.clock = self.saved = time.perf_counter()      # of the last look at the losses, of the last checkpoint
     self._new_epoch()
 
 @patch
 def _new_epoch(self:Trainer):
     self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
-    self.updates, self.times, self.recent = [], [], []
+    self.updates, self.skipped, self.times, self.recent = [], [], [], []
 
 # %% ../../nbs/training/08_train.ipynb #0e9ca176
 @patch
@@ -262,16 +283,35 @@ def _all_random_states(self:Trainer):
     return states
 
 # %% ../../nbs/training/08_train.ipynb #db9740d3
-_COUNTERS = 'step', 'epoch', 'batch', 'updates', 'times', 'history', 'best', 'start'
+_COUNTERS = 'step', 'epoch', 'batch', 'updates', 'skipped', 'times', 'history', 'best', 'start'
 
 @patch
 def state(self:Trainer)->dict: # what `load_state` takes
     "Everything that moves, and what is needed to build the rest"
     rng, sums = self._all_random_states(), _over_ranks(self.sums.clone()).cpu()
     seconds = self.seconds + (time.perf_counter() - self.began if self.signals else 0)
-    return dict(format=FORMAT, config=asdict(self.config), info=self._info(), model=self.model.state_dict(),
+    return dict(config=asdict(self.config), info=self._info(), model=self.model.state_dict(),
                 opt=self.opt.state_dict(), upd=self.upd.state_dict() if self.upd else None,
                 **{k: getattr(self, k) for k in _COUNTERS}, sums=sums, rng=rng, seconds=seconds)
+
+# %% ../../nbs/training/08_train.ipynb #3ee00272
+def _check_alike(what, own, saved):
+    "Raise unless tensors under names are those that are expected: the same names and types"
+    odd = sorted(map(str, own.keys() ^ saved.keys()))
+    if odd: raise ValueError(f"the {what} have {odd[0]} on one side only")
+    for n, t in own.items():
+        if t.dtype != saved[n].dtype: raise ValueError(f"{what}: {n} is {saved[n].dtype}, expected {t.dtype}")
+
+@patch
+def _check_opt(self:Trainer, saved):
+    "Raise unless the state of an optimizer is one of this run's; the model has its shapes by now"
+    def settings(sd): return [{k: v for k, v in g.items() if k != 'lr'} for g in sd['param_groups']]
+    if settings(saved) != settings(self.opt.state_dict()): raise ValueError("the optimizer had other settings")
+    params = dict(enumerate(p for g in self.opt.param_groups for p in g['params']))
+    for i, s in saved['state'].items():
+        m = s.get('momentum_buffer')
+        alike = i in params and (m is None or (m.shape, m.dtype) == (params[i].shape, params[i].dtype))
+        if not alike: raise ValueError(f"the momentum of parameter {i} does not fit")
 
 # %% ../../nbs/training/08_train.ipynb #c3ed1c0a
 @patch
@@ -280,10 +320,14 @@ def load_state(self:Trainer,
 ):
     "Put the run where `state` found it"
     info = self._info()
-    for k, v in ({'n_val': 0} | ck['info']).items():
+    for k, v in ck['info'].items():
         if info[k] != v: raise ValueError(f"the checkpoint's run had {k}={v}, this one has {info[k]}: "
                                           "use the same data and number of processes")
+    _check_alike('weights', self.model.state_dict(), ck['model'])
+    _check_alike('first masks', self.start, ck['start'])
+    if any(m.shape != ck['start'][n].shape for n, m in self.start.items()): raise ValueError("the first masks do not fit")
     self.model.load_state_dict(ck['model'])
+    self._check_opt(ck['opt'])
     self.opt.load_state_dict(ck['opt'])
     if self.upd: self.upd.load_state_dict(ck['upd'])
     for k in (*_COUNTERS, 'seconds'): setattr(self, k, ck[k])
@@ -294,12 +338,14 @@ def load_state(self:Trainer,
 @patch
 def _diverged(self:Trainer, what):
     "The error that ends a run whose numbers are spoilt"
-    last = None if self.out is None else self.out/'last.pt'
-    kept = last is not None and last.exists()
-    says = f"the last good checkpoint is {last}" if kept else "no checkpoint was written before"
-    return Diverged(f"{what}: {says}; try a smaller --lr")
+    return Diverged(f"{what}: {self._kept()}; try a smaller --lr")
 
 # %% ../../nbs/training/08_train.ipynb #508d85f0
+def _all_finite(state):
+    "Are weights, statistics and momentum finite numbers?"
+    momentum = [v for s in state['opt']['state'].values() for v in s.values()]
+    return all(bool(t.isfinite().all()) for t in (*state['model'].values(), *momentum) if torch.is_tensor(t))
+
 @patch
 def save(self:Trainer,
     best:bool=False, # is this the best epoch so far?
@@ -307,11 +353,15 @@ def save(self:Trainer,
     "Write `last.pt` and `metrics.jsonl`, and `best.pt` if this is the best epoch so far"
     state, self.saved = self.state(), time.perf_counter()
     if self.out is None or self.rank: return
-    if not all(p.isfinite().all() for p in self.model.parameters()):
+    if not _all_finite(state):
         raise self._diverged(f"weights are not finite at step {self.step} (epoch {self.epoch+1})")
-    if best: save_whole(state, self.out/'best.pt')
-    save_whole(state, self.out/'last.pt')
-    self._write_metrics()
+    state, last = sealed(state), self.out/'last.pt'
+    with self.claim.writing():
+        if best: save_whole(state, self.out/'best.pt')
+        if self.intact: keep_earlier(last, self.config.keep)
+        save_whole(state, last)
+        self._write_metrics()
+    self.intact = True
 
 @patch
 def _write_metrics(self:Trainer):
@@ -346,6 +396,42 @@ def _summed(loss, hits, n): # (3,) float64
     "Of a batch of `n` images: its losses, its hits and its images"
     return torch.stack([loss*n, hits, torch.full_like(hits, n)]).double()
 
+# %% ../../nbs/training/08_train.ipynb #4a856d46
+@patch
+def _backward(self:Trainer, x, y): # mean loss, number of correct answers
+    "The gradient of a batch, added up over its parts"
+    smoothing, total, right = RECIPES[self.config.recipe].smoothing, 0., 0
+    parts = list(zip(*(t.chunk(self.config.accumulate_steps) for t in (x, y))))
+    for i, (xs, ys) in enumerate(parts, 1):
+        with nullcontext() if self.world == 1 or i == len(parts) else self.net.no_sync():
+            loss, hits = self.forward(self.net, xs, ys, smoothing)
+            loss = loss*(len(ys)/len(y))
+            loss.backward()
+        total, right = total + loss.detach(), right + hits
+    return total, right
+
+# %% ../../nbs/training/08_train.ipynb #91c24894
+_STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
+
+@patch
+def _is_spoilt(self:Trainer, loss)->bool:
+    "Is the loss or a gradient not finite, in any process?"
+    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+    fine = torch.stack([g.isfinite().all() for g in grads] + [loss.isfinite()]).all()
+    return bool(_over_ranks((~fine).int(), 'MAX'))
+
+@patch
+def _gradient(self:Trainer, x, y): # loss, hits, and are they to be used?
+    "What `_backward` gives, or nothing but the state before it"
+    if self.config.on_nan == 'stop': return *self._backward(x, y), True
+    statistics = [(b, b.clone()) for n, b in self.model.named_buffers() if n.rpartition('.')[2] in _STATISTICS]
+    loss, hits = self._backward(x, y)
+    if not self._is_spoilt(loss): return loss, hits, True
+    self.opt.zero_grad()
+    for b, before in statistics: b.copy_(before)
+    return torch.zeros_like(loss), 0*hits, False
+
+# %% ../../nbs/training/08_train.ipynb #4df1c684
 @patch
 def train_step(self:Trainer,
     x:torch.Tensor, # (N,C,H,W) float32
@@ -353,15 +439,15 @@ def train_step(self:Trainer,
 ):
     "One step of SGD, and of the structure where one is due"
     for g in self.opt.param_groups: g['lr'] = lr_at(self.step, self.steps_per_epoch, self.config)
-    loss, hits = self.forward(self.net, x, y, RECIPES[self.config.recipe].smoothing)
     self.opt.zero_grad()
-    loss.backward()
-    self.opt.step()
+    loss, hits, used = self._gradient(x, y)
+    if used: self.opt.step()
+    else: self.skipped.append(self.step)
     report = self.upd and self.upd.step()
     if report: self.updates.append(report.as_dict())
     self.step, self.batch = self.step+1, self.batch+1
-    self.sums += _summed(loss.detach(), hits, len(y))
-    self.recent.append(loss.detach())
+    self.sums += _summed(loss, hits, len(y)*used)
+    self.recent.append(loss)
 
 # %% ../../nbs/training/08_train.ipynb #1b633174
 @patch
@@ -385,6 +471,7 @@ def _tell(self:Trainer, line):
 def _show_progress(self:Trainer, n):
     "Move the bar by `n` steps; print a line where `print_freq` asks for one"
     loss, hits, seen = self.sums.tolist()
+    seen = seen or 1                                   # all were skipped
     if self.bar is not None:
         self.bar.set_description(f"epoch {self.epoch+1}/{self.config.epochs}", refresh=False)
         self.bar.set_postfix_str(f"loss {loss/seen:.3f}, acc {hits/seen:.1%}", refresh=False)
@@ -419,13 +506,27 @@ def _first_bad(self:Trainer, losses):
 
 # %% ../../nbs/training/08_train.ipynb #e37eb0bc
 @patch
+def _save_due(self:Trainer):
+    "Is it time to save within an epoch, by the number of steps?"
+    e = self.config.save_every
+    return bool(e) and self.step % e == 0 and self.batch < self.steps_per_epoch
+
+@patch
+def _check_skipped(self:Trainer):
+    "Raise where the last twenty steps, or all of an epoch, were skipped"
+    row = self.skipped[-20:]
+    if len(row) == 20 and row[0] == self.step-20 or self.batch == len(self.skipped) == self.steps_per_epoch:
+        raise self._diverged(f"the last {len(row)} steps, up to step {self.step}, had no finite loss or gradient")
+
+@patch
 def check(self:Trainer):
     "Stop at a loss that is not finite; save and stop where a signal came"
     losses, self.recent = torch.stack(self.recent).float().cpu(), []
     now = time.perf_counter()
-    facts = [self._first_bad(losses), self._signal(), int(now-self.saved > self.save_seconds)]
+    facts = [self._first_bad(losses), self._signal(), int(now-self.saved > self.save_seconds or self._save_due())]
     bad, signum, due = _over_ranks(torch.tensor(facts, device=self.device), 'MAX').tolist()
     if bad: raise self._diverged(f"the training loss is not finite at step {bad} (epoch {self.epoch+1})")
+    self._check_skipped()
     self.times.append(1000*(now-self.clock)/len(losses))
     self.clock = now
     self._show_progress(len(losses))
@@ -437,7 +538,7 @@ def check(self:Trainer):
 def _next_batch(self:Trainer, batches):
     "A batch, or None at the end of the epoch"
     try: return next(batches, None)
-    except RuntimeError:
+    except (RuntimeError, DataError):
         if not self._signal(): raise
         self._stop(self._signal())
 
@@ -451,7 +552,7 @@ def train_epoch(self:Trainer):
     every = 1 if self.device.type == 'cpu' else 20
     while (batch := self._next_batch(batches)) is not None:
         self.train_step(*batch)
-        if len(self.recent) >= every or self.batch == self.steps_per_epoch: self.check()
+        if len(self.recent) >= every or self.batch == self.steps_per_epoch or self._save_due(): self.check()
 
 # %% ../../nbs/training/08_train.ipynb #2d81737d
 @patch
@@ -460,13 +561,14 @@ def evaluate(self:Trainer,
 )->tuple: # mean loss, share of correct answers
     "How the model does on the test images, or on the validation images"
     one_of(part, ('test', 'val') if self.n_val else ('test',), 'part')
-    batches = getattr(self.data, f'{part}_batches')
+    batches = iter(getattr(self.data, f'{part}_batches')())
     if self.world > 1:
         for b in self.model.buffers(): dist.broadcast(b, 0)
     self.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=self.device)
     with torch.no_grad():
-        for x, y in batches():
+        while (batch := self._next_batch(batches)) is not None:
+            x, y = batch
             loss, hits = self.forward(self.model, x, y)
             sums += _summed(loss, hits, len(y))
             if self.world == 1 and self._signal(): self._stop(self._signal())
@@ -509,7 +611,7 @@ def _epoch_row(self:Trainer, evaluations):
     mean = mean_density(s.density, s.size, self.updates, self.step-self.batch, self.step)
     return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, **evaluations,
                 density=s.density, mean_density=mean, state_mb=self._state_mb(), step_ms=step_ms,
-                updates=self.updates)
+                updates=self.updates, **(dict(skipped=len(self.skipped)) if self.skipped else {}))
 
 # %% ../../nbs/training/08_train.ipynb #2899588f
 @patch
@@ -532,7 +634,7 @@ def close_epoch(self:Trainer):
     self._new_epoch()
     acc = evaluations[f'{self.judge}_acc']
     better = due and acc > self.best['acc']
-    if better: self.best = dict(acc=acc, epoch=self.epoch)
+    self.best = best_of(self.history, self.judge)
     self.save(better)
     if self.verbose: self._tell(self._epoch_line())
 
@@ -587,7 +689,8 @@ def draw_run(
 def finish(self:Trainer)->dict: # what `summary.json` holds
     "Write `summary.json`, `curves.png` and `masks.png`"
     r = self.result()
-    if self.claim:
+    if not self.claim: return r
+    with self.claim.writing():
         write_whole(self.out/'summary.json', json.dumps(r, indent=1) + '\n')
         draw_run(self.out, self.model, self.history, self.start, self.config.title)
     return r
@@ -621,15 +724,16 @@ def _epochs(self:Trainer):
 def fit(self:Trainer)->dict: # what `summary.json` holds
     "Train from where the run stands to its end"
     first = self.step
-    with holding(self.claim, lambda: self.step == first):
+    with holding(self.claim, lambda: self.step == first), self._enough_memory():
         if self.claim:
-            write_whole(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
-            self._write_metrics()
+            with self.claim.writing():
+                write_whole(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
+                self._write_metrics()
         self._epochs()
         return self.finish()
 
 # %% ../../nbs/training/08_train.ipynb #41bd186a
-MAY_CHANGE = ('data_dir', 'device', 'cuda', 'workers', 'print_freq')
+MAY_CHANGE = ('data_dir', 'device', 'cuda', 'workers', 'print_freq', 'save_every', 'keep', 'on_nan')
 
 @patch(cls_method=True)
 def resume(cls:Trainer,
@@ -644,6 +748,7 @@ def resume(cls:Trainer,
     out = Path(out or path.parent)
     same = out.resolve() == path.parent.resolve()
     self = cls(TrainConfig(**ck['config'] | changes), out, verbose=verbose, resume=same)
+    self.intact = path.name == 'last.pt'
     with holding(self.claim):
         with one_line(f"{path} does not fit this dsb or its data"): self._put(ck)
         if not same: self._move_in(path.parent)
@@ -678,5 +783,6 @@ def restored(
     "The model of a checkpoint"
     with one_line("the checkpoint does not fit its own config"):
         model = build_model(TrainConfig(**ck['config']), saved_shape(ck))
+        _check_alike('weights', model.state_dict(), ck['model'])
         model.load_state_dict(ck['model'])
     return model.eval()
