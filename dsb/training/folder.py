@@ -168,7 +168,8 @@ class Trouble(RuntimeError):
 def is_there(self:Claim)->bool:
     "Is the folder of this name still the one that was taken?"
     try: return self.fd is None or os.path.samestat(os.fstat(self.fd), os.stat(self.path))
-    except OSError: return False
+    except (FileNotFoundError, NotADirectoryError): return False
+    except OSError: return True                         # it cannot be seen; writing to it will say why
 
 @patch
 def kept(self:Claim)->str:
@@ -419,6 +420,17 @@ def _checked(path):
     except ValueError as e: raise ValueError(f"{path} does not fit this dsb: {e}; try one beside it, or start anew") from None
     return ck
 
+# %% ../../nbs/training/07_folder.ipynb #8fb6c90d
+def _second_name(old, new):
+    "Let a file have another name as well, or a copy where there can be no two"
+    tmp = new.with_name(f'.{new.stem}-{os.getpid()}-{os.urandom(4).hex()}{new.suffix}')
+    try:
+        os.link(old, tmp)
+        os.replace(tmp, new)
+    except OSError:
+        with whole_file(new) as other: shutil.copyfile(old, other)
+    finally: tmp.unlink(missing_ok=True)
+
 # %% ../../nbs/training/07_folder.ipynb #8508fc07
 def _earlier(folder): # newest first
     "The earlier checkpoints of a folder"
@@ -437,15 +449,6 @@ def keep_earlier(
     if n: _second_name(last, at[1])
     for p in _earlier(last.parent):
         if p not in at: p.unlink()
-
-def _second_name(old, new):
-    "Let a file have another name as well, or a copy where there can be no two"
-    tmp = new.with_name(f'.{new.stem}-{os.getpid()}-{os.urandom(4).hex()}{new.suffix}')
-    try: os.link(old, tmp)
-    except OSError:
-        with whole_file(new) as tmp: shutil.copyfile(old, tmp)
-        return
-    os.replace(tmp, new)
 
 # %% ../../nbs/training/07_folder.ipynb #df7fb7b9
 def load_checkpoint(

@@ -128,7 +128,7 @@ class Trainer:
         self.claim = Claim(self.out, resume, another) if self.out is not None and self.rank == 0 else None
         with holding(self.claim):
             if self.out is not None and another: self._same_folder()
-            with self._enough_memory(): self._prepare(data)
+            with self._from_outside(): self._prepare(data)
 
 # %% ../../nbs/training/08_train.ipynb #c8f0b16d
 @patch
@@ -177,16 +177,23 @@ def _kept(self:Trainer):
     return f"the last good checkpoint is {last}" if kept else "no checkpoint was written before"
 
 @patch
+def _out_of_memory(self:Trainer):
+    "What might help where memory was used up"
+    c, at = self.config, f"at step {self.step}" if hasattr(self, 'step') else 'before the first step'
+    return (f"out of memory {at}, with batch_size={c.batch_size}: {self._kept()}; continue with --resume where there is "
+            f"more memory, or start anew with a smaller --batch_size or with --accumulate_steps {2*c.accumulate_steps}, "
+            "which computes a batch in parts")
+
+@patch
 @contextmanager
-def _enough_memory(self:Trainer):
-    "Turn an error that memory was used up into a `Trouble` that says what might help"
+def _from_outside(self:Trainer):
+    "Turn an error that came from outside into a `Trouble`"
     try: yield
     except Exception as e:
-        if not is_out_of_memory(e): raise
-        c, at = self.config, f"at step {self.step}" if hasattr(self, 'step') else 'before the first step'
-        raise Trouble(f"out of memory {at}, with batch_size={c.batch_size}: {self._kept()}; continue with --resume where "
-                      "there is more memory, or start anew with a smaller --batch_size or with --accumulate_steps "
-                      f"{2*c.accumulate_steps}, which computes a batch in parts") from None
+        if is_out_of_memory(e): raise Trouble(self._out_of_memory()) from None
+        if not str(e).startswith('DataLoader worker'): raise
+        raise Trouble(f"a process that reads images has ended ({' '.join(str(e).split())}): {self._kept()}; continue "
+                      "with --resume, and with fewer --workers if memory was short") from None
 
 # %% ../../nbs/training/08_train.ipynb #0e4caf11
 @patch
@@ -724,7 +731,7 @@ def _epochs(self:Trainer):
 def fit(self:Trainer)->dict: # what `summary.json` holds
     "Train from where the run stands to its end"
     first = self.step
-    with holding(self.claim, lambda: self.step == first), self._enough_memory():
+    with holding(self.claim, lambda: self.step == first), self._from_outside():
         if self.claim:
             with self.claim.writing():
                 write_whole(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
