@@ -21,11 +21,17 @@ def fail(
     message,      # anything with a text; becomes one line
     status:int=2, # exit status
 ):
-    "Print `message` on one line of stderr and end with `status`"
+    "Print `message` on one line of stderr and end with `status`; of several processes, only the first one speaks"
     rank = os.environ.get('RANK', '0')
     who = '' if rank == '0' else f'process {rank}: '
-    say(f"dsb: error: {who}{' '.join(str(message).split())}")
+    if _is_first(): say(f"dsb: error: {who}{' '.join(str(message).split())}")
     raise SystemExit(status)
+
+def _is_first():
+    "Is this the first process that fails, of those that torchrun started?"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return True
+    from dsb.training.train import tell_failure
+    return tell_failure()
 
 # %% ../nbs/06_cli.ipynb #e2a63e6e
 class Parser(argparse.ArgumentParser):
