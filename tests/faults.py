@@ -281,4 +281,5 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
         if sys.argv[1:2] == ['kill']: print('%d kills, %d runs, all equal to the one that nothing disturbed' % killed(d, int(sys.argv[2])))
+        elif sys.argv[1:] == ['json']: print(json.dumps(tried(d)))
         else: print(table(tried(d, sys.argv[1:] or FAULTS), d))

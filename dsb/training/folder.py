@@ -340,7 +340,8 @@ _BYTES = Expected('a tensor of bytes', lambda t: torch.is_tensor(t) and t.dtype 
 _SHARE = _real(0, 1)
 
 # %% ../../nbs/training/07_folder.ipynb #7bc4e1f6
-_UPDATE = dict(step=_whole(), planned=_whole(), confirmed=_whole(), net_changed=_whole(), pruned=_whole())
+_UPDATE = dict(step=_whole(), planned=_whole(), confirmed=_whole(), grown=_whole(),
+               net_changed=_whole(), pruned=_whole(), survived=_SHARE, ever_active=_SHARE, drop_fraction=_SHARE)
 _ROW = dict(epoch=_whole(1), step=_whole(1), lr=_real(0), train_loss=_real(), train_acc=_SHARE, density=_SHARE,
             mean_density=_SHARE, state_mb=_real(0), step_ms=_or_none(_real(0)), updates=[_UPDATE])
 _TESTED = {k: dict(test_loss=_real(), test_acc=_SHARE, **more) for k, more in
@@ -392,11 +393,15 @@ def _check_counters(ck, config):
     _require(config.start_epoch <= epoch <= config.epochs, f"epoch is {epoch}, expected {config.start_epoch} to {config.epochs}")
     _require(batch <= per, f"batch is {batch}, expected at most {per}")
     _require(ck['step'] == epoch*per + batch, f"step is {ck['step']}, expected {epoch*per + batch}")
+    steps = ck['skipped'] + [u['step'] for u in ck['updates']]
+    _require(all(ck['step']-batch <= s < ck['step'] for s in steps), f"steps {steps} are not of the epoch that is going on")
+    _require(len(ck['times']) <= batch, f"times has {len(ck['times'])} entries, expected at most {batch}")
     _require(len(ck['rng']) == ck['info']['world'], f"rng has {len(ck['rng'])} states, expected {ck['info']['world']}")
     if config.method in DENSE: return _require(upd is None, f"upd is {_shown(upd)}, expected None with {config.method}")
     check_described('upd', upd, _UPD)
     _require(upd['t'] == ck['step'], f"upd.t is {upd['t']}, expected {ck['step']}")
 
+# %% ../../nbs/training/07_folder.ipynb #93826400
 def check_checkpoint(
     ck:dict, # what was read; its config is completed
 ):

@@ -190,6 +190,7 @@ class Trainer:
         same = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | dict(out=str(out), resume=resume)
         self.rank, self.world = join_group(self.device, same)
         self.verbose = verbose and self.rank == 0
+        if data is None: data_shape(config)   # a name that is unknown names no folder
         self.claim = Claim(self.out, resume, another) if self.out is not None and self.rank == 0 else None
         with holding(self.claim):
             if self.out is not None and another: self._same_folder()
