@@ -87,11 +87,20 @@ def _linger(store, key, n, seconds=5):
     end = time.perf_counter() + seconds
     while store.add(key, 0) < n and time.perf_counter() < end: time.sleep(.05)
 
+def _reachable(seconds):
+    "Can the store be reached? It may be that the first process has not come as far; torch itself would say more"
+    end, place = time.perf_counter() + seconds, (os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
+    while True:
+        try: socket.create_connection(place, 1).close(); return True
+        except OSError:
+            if time.perf_counter() > end: return False
+        time.sleep(.1)
+
 def tell_failure()->bool:
     "Tell the other processes that this one ends; False if one of them has told that already"
     env = os.environ
     try:
-        if env['RANK'] != '0': socket.create_connection((env['MASTER_ADDR'], int(env['MASTER_PORT'])), 1).close()   # torch says more
+        if env['RANK'] != '0' and not _reachable(0 if dist.is_initialized() else 20): return True
         store = _store(5)
         if store.add('dsb/failed', 1) > 1:
             if env['RANK'] == '0': _linger(store, 'dsb/done', 1)
