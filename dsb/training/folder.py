@@ -366,10 +366,11 @@ def best_of(
     history:list, # objects of `metrics.jsonl`
     judge:str,    # 'val' or 'test'
 )->dict: # `acc` and `epoch`; -1 and 0 where nothing was evaluated
-    "The first epoch of the highest accuracy"
-    accs = [(r[f'{judge}_acc'], -r['epoch']) for r in history if r[f'{judge}_acc'] is not None]
-    acc, epoch = max(accs, default=(-1., 0))
-    return dict(acc=acc, epoch=-epoch)
+    "Of the epochs with the fewest weights, the first of the highest accuracy"
+    tried = [r for r in history if r[f'{judge}_acc'] is not None]
+    if not tried: return dict(acc=-1., epoch=0)
+    best = max(tried, key=lambda r: (-r['density'], r[f'{judge}_acc'], -r['epoch']))
+    return dict(acc=best[f'{judge}_acc'], epoch=best['epoch'])
 
 # %% ../../nbs/training/07_folder.ipynb #1bb62f1e
 def _check_history(ck, config):

@@ -25,7 +25,7 @@ from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
-from .config import RECIPES, TrainConfig, end_of_pruning, end_of_updates, lr_at
+from .config import RECIPES, TrainConfig, lr_at
 from .data import DataError, dataset_info, load_data
 from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble, best_of, holding,
                                  is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole, sealed)
@@ -165,7 +165,7 @@ def _usual_start(config):
 
 # %% ../../nbs/training/08_train.ipynb #b8000c5d
 def build_model(
-    config:TrainConfig, # gives model, method, sparsity, seed and start; `start` None: the method's or the rule's own
+    config:TrainConfig, # `start` None: the method's or the rule's own; `initial_ratio` None: 1
     shape:dict=None, # `num_classes`, `image_size`, `in_channels`; None: those of the data set
 )->nn.Module: # on the CPU
     "The network of a run with its first structure, decided by the seed"
@@ -176,7 +176,7 @@ def build_model(
     if c.method in DENSE: return model
     g, start = torch.Generator().manual_seed(c.seed), c.start or _usual_start(c)
     return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start,
-                    initial_ratio=c.initial_ratio)
+                    initial_ratio=c.initial_ratio or 1)
 
 # %% ../../nbs/training/08_train.ipynb #8a144ca8
 MAY_CHANGE = ('data_dir', 'device', 'cuda', 'workers', 'print_freq',
@@ -219,9 +219,7 @@ def _prepare(self:Trainer, data):
     d = data or self._load_data()
     self.data, self.steps_per_epoch, self.n_val = d, d.steps_per_epoch, getattr(d, 'n_val', 0)
     self.shape = dict(num_classes=d.num_classes, image_size=d.image_size, in_channels=d.channels)
-    ends = dict(T_end=end_of_updates(self.config, d.steps_per_epoch),
-                prune_end=end_of_pruning(self.config, d.steps_per_epoch))
-    self.config = replace(self.config, **ends)
+    self.config = self.config.settled(d.steps_per_epoch)
     self._build()
     self._begin()
 
@@ -723,9 +721,8 @@ def close_epoch(self:Trainer):
     self.history.append(self._epoch_row(evaluations))
     self.epoch, self.batch = self.epoch+1, 0
     self._new_epoch()
-    acc = evaluations[f'{self.judge}_acc']
-    better = due and acc > self.best['acc']
     self.best = best_of(self.history, self.judge)
+    better = due and self.best['epoch'] == self.epoch
     self.save(better)
     if self.verbose: self._tell(self._epoch_line())
 
