@@ -147,7 +147,7 @@ def in_double(rank, world=1, parts=1):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        c = TrainConfig(model='lenet300-100', data_set='noise', method='dsb', rule='columns', block_size=8, sparsity=.7, T=2, epochs=2, lr=.05, batch_size=16,
+        c = TrainConfig(model='lenet300-100', data_set='noise', method='dsb', rule='columns', initial_ratio=1, block_size=8, sparsity=.7, T=2, epochs=2, lr=.05, batch_size=16,
                         accumulate_steps=parts, device='cpu')
         t = Trainer(c, data=Noise(rank, world), verbose=False)
         t.fit()

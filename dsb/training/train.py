@@ -70,8 +70,8 @@ def join_group(
 )->tuple: # (rank, number of processes)
     "This process's place among those that torchrun started"
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if world == 1: return 0, 1
     if dist.is_initialized(): return dist.get_rank(), dist.get_world_size()
+    if world == 1: return 0, 1
     store = _store(600)
     _agree(store, rank, world, options)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
