@@ -167,7 +167,7 @@ def test_two_are_one():
         assert not isinstance(other, str), other
         assert other[1:3]==(mask,updates)
         far = max((torch.tensor(a)-torch.tensor(b)).abs().max().item() for a,b in zip(w, other[0]))
-        assert far<1e-12 and max(abs(a-b) for a,b in zip(losses, other[3]))<1e-12, far
+        assert far<1e-10 and max(abs(a-b) for a,b in zip(losses, other[3]))<1e-10, far
 
 def test_three():
     a,b,c = run(3, [some_together])['some_together']

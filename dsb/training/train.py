@@ -478,7 +478,8 @@ def forward(self:Trainer,
     x = x.to(self.device, memory_format=self.format, non_blocking=True)
     y = y.to(self.device, non_blocking=True)
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp): p = net(x)
-    return F.cross_entropy(p.float(), y, label_smoothing=smoothing), (p.detach().argmax(1) == y).sum()
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    return F.cross_entropy(p, y, label_smoothing=smoothing), (p.detach().argmax(1) == y).sum()
 
 # %% ../../nbs/training/08_train.ipynb #b53ba6ee
 def _summed(loss, hits, n): # (3,) float64
