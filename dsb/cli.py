@@ -468,18 +468,30 @@ def _run_parser(name, about):
     return p
 
 # %% ../nbs/06_cli.ipynb #abe082cd
+def _show_parser():
+    p = _run_parser('show', show_command.__doc__)
+    p.add_argument('--html', nargs='?', const='', metavar='FILE', help='also write the run as one page that opens '
+                   'without a network; default report.html in the folder of the run')
+    return p
+
 def show_command(
     argv:list, # the words after `dsb show`
 )->int:        # exit status
     "Print a run's epochs and layers; draw its pictures anew"
-    args = parse_options(_run_parser('show', show_command.__doc__), argv)
+    args = parse_options(_show_parser(), argv)
     try:
         from dsb.training.folder import load_checkpoint, one_line
         path, ck = load_checkpoint(args.run)
         with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
+        page = '' if args.html is None else _page(path.parent, ck, args.html)
     except ValueError as e: fail(e)
-    print(shown)
+    print(shown + page)
     return 0
+
+def _page(run, ck, file):
+    "Write the page of a run; a line that says where"
+    from dsb.training.report import write_report
+    return f'\npage: {write_report(run, ck, file or None)}'
 
 # %% ../nbs/06_cli.ipynb #d74b1e90
 def _export(ck, out):
@@ -640,4 +652,4 @@ def main(
 
 # %% ../nbs/06_cli.ipynb #40048fa2
 #| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())
