@@ -165,7 +165,7 @@ def settings_html(
     config:dict, # of a checkpoint
 )->str:
     "Every setting, first those that are not the usual ones"
-    usual = {f.name: f.default for f in fields(TrainConfig)}
+    usual = {f.name: f.default for f in fields(TrainConfig) if f.default is not None}
     rows = [(k, v, '' if v == usual.get(k) else usual.get(k, '')) for k, v in config.items() if v is not None]
     rows.sort(key=lambda r: config[r[0]] == usual.get(r[0]))
     return table_html([('setting', 'value', 'usually'), *((k, str(v), str(u)) for k, v, u in rows)])
