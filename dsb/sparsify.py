@@ -384,10 +384,12 @@ def _table(self:Summary)->list: # rows of strings
     def number(v): return '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:.3f}'
     def total(k): return sum(getattr(r, k) or 0 for r in self.rows)
     def cells(r):
-        shape,blocks,measures = '×'.join(map(str, r.shape)),number(r.blocks) if r.blocks else '',(r.bytes, r.flops, r.ms)
-        measures = map(number, measures if len(self._head())>len(_titles) else ())
-        return r.name or '(model)', shape, r.kind, blocks, f'{r.active:,}', f'{r.density:.4f}', *measures, r.computed, r.note
-    everything = Row('all', (), self.active, self.size, '', total('blocks'), '', '', '', *map(total, ('bytes','flops','ms')))
+        shape,blocks = '×'.join(map(str, r.shape)),number(r.blocks) if r.blocks else ''
+        costs = map(number, (r.bytes, r.flops, r.ms) if len(self._head())>len(_titles) else ())
+        usual = r.name or '(model)', shape, r.kind, blocks, f'{r.active:,}', f'{r.density:.4f}'
+        return *usual, *costs, r.computed, r.note
+    costs = map(total, ('bytes','flops','ms'))
+    everything = Row('all', (), self.active, self.size, '', total('blocks'), '', '', '', *costs)
     last = list(cells(everything))
     last[1],last[3] = f'{self.size:,} weights',number(total('blocks'))
     return [*map(cells, self.rows), last]
