@@ -208,7 +208,8 @@ def structure_of(
     known,what = _seen.get(id(tensors[-1])),(block_size,shape,groups)
     if known is None or not known.holds(tensors, what):
         new = _Known(tensors, _checked_copy(tensors, *what, checksum), what)
-        if known is not None and known.ref() is tensors[-1] and known.what==what: _hand_on(known.structure, new.structure)
+        same = known is not None and known.ref() is tensors[-1] and known.what==what
+        if same: _hand_on(known.structure, new.structure)
         known = _seen[id(tensors[-1])] = new
     return known.structure
 
@@ -244,7 +245,7 @@ def recall(
 def renew_kept(
     tensors:tuple, block_size:int, shape:tuple, groups:int=1, checksum:Tensor=None, # as in `structure_of`
 ):
-    "After other places were written into the tensors: rewrite the tables that are kept with their structure, if any are"
+    "After other places were written into the tensors: rewrite the tables kept with their structure, if any"
     known = _seen.get(id(tensors[-1]))
     if known is None or not any(hasattr(o, 'renew') for o in known.structure.cache.values()): return
     structure_of(tensors, block_size, shape, groups, checksum)

@@ -342,8 +342,9 @@ def gpu_steps_table(
 _LAYERS = ('3x3:64@56n256,3x3:128@28n256,3x3:256@14n256,3x3:512@7n256,1x1:256x64@56n256,1x1:1024x256@14n256,'
            '3x3:256@8n128,3x3:512@4n128,linear:4096x4096n16384')
 DECIDE = '3x3:256@14n256,3x3:512@4n128,3x3:256@8n128,linear:4096x4096n16384'
-TINY = dict(layers='3x3:16@4n16,linear:32x32n16', decide='3x3:16@4n16,linear:32x32n16', models='wrn-10-1', stage='1,2,3,4',
-            numbers='float32,tf32,bf16', block_size='16', density='.5', tiles=1, repeats=1, no_compile=True)
+TINY = dict(layers='3x3:16@4n16,linear:32x32n16', decide='3x3:16@4n16,linear:32x32n16', models='wrn-10-1',
+            stage='1,2,3,4', numbers='float32,tf32,bf16', block_size='16', density='.5', tiles=1,
+            repeats=1, no_compile=True)
 
 # %% ../../nbs/bench/05_gpu.ipynb #5c522d56
 GPU_OPTIONS = [
@@ -529,12 +530,12 @@ def _oracle(s, v, x, dy, a):
     return dict(forward=y, input_gradient=dx, weight_gradient=s.gather(dw.flatten(1)))
 
 def every_tile(
-    s:ShuffledBlocks, v, x, dy, a:ConvArgs, # a layer: structure, values, input, gradient of the output, geometry (or None)
+    s:ShuffledBlocks, v, x, dy, a:ConvArgs, # structure, values, input, gradient of the output, geometry or None
     kind:str,       # a key of `NUMBERS`, as set
     most:int=None,  # tiles of each product; None: all
 )->dict: # (product, number of the tile) -> function that computes it, images innermost
     "All products with all tiles, on tensors that are already turned"
-    k, f = backend_module('triton'), None
+    k = backend_module('triton')
     f, (precision,) = k.shape_of(x, s, a), k.precisions(x.dtype, a is not None)
     rounded = precision == 'tf32'
     xp, dyp = k.batch_last(x, f.a.padding, rounded), k.batch_last(dy, (0, 0), rounded)
@@ -642,7 +643,8 @@ def _stages(o, layers, models, lines):
     what = f"formats {','.join(o['format'])}, density {','.join(map(str, o['density']))}"
     sizes = ','.join(map(str, o['block_size']))
     return {1: _checks(o), 2: _decisions(o),
-            3: [(f'step {m}, {k}, B={sizes}, {what}', partial(found, _gpu_network, m, k, o)) for m in models for k in _kinds(o)],
+            3: [(f'step {m}, {k}, B={sizes}, {what}', partial(found, _gpu_network, m, k, o))
+                for m in models for k in _kinds(o)],
             4: [(f'layer {l.text}, {k}, B={B}, {what}', partial(layer, l, k, B))
                 for k in _kinds(o) for l in layers for B in o['block_size']]}
 
@@ -662,17 +664,25 @@ def _measure_gpu(o, layers, models):
 # %% ../../nbs/bench/05_gpu.ipynb #80b5fea6
 def _rows(found, names): return [r for n in names for r in found.get(n, {}).get('rows', ())]
 
-def _report(o, found, left, names):
-    "Facts, rows and notes of a run, those of the runs before it that it goes on with included"
-    mine = [(n, found[n]) for stage in names.values() for n in stage if n in found]
-    notes = [t for _, r in mine for t in r.get('notes', ())] + [f"{n}: {r['error']}" for n, r in mine if 'error' in r]
-    notes += [f"wrong: {n}: {r['worst']:.1e}, expected less than {r['limit']:g}" for n, r in mine if not r.get('right', True)]
+def _notes(o, mine, left):
+    "What there is to say about measurements"
+    notes = [t for r in mine.values() for t in r.get('notes', ())]
+    notes += [f"{n}: {r['error']}" for n, r in mine.items() if 'error' in r]
+    notes += [f"wrong: {n}: {r['worst']:.1e}, expected less than {r['limit']:g}"
+              for n, r in mine.items() if not r.get('right', True)]
     again = f"the same command goes on where this one stopped{'' if o['resume'] else ' with --resume FILE'}"
     if left: notes.append(f'{len(left)} measurements were not begun within {o["budget"]} seconds; {again}')
+    return notes
+
+def _report(o, found, left, names):
+    "Facts, rows and notes of a run, those of the runs before it that it goes on with included"
+    mine = {n: found[n] for stage in names.values() for n in stage if n in found}
     facts = {k: v for k, v in found['machine'].items() if k != 'name'}
     facts['ceilings'] = found.get(_CEILINGS, {}).get('rates', {})
-    return dict(machine=facts, options=o, notes=notes, layers=_rows(found, names.get(4, ())), steps=_rows(found, names.get(3, ())),
-                checks={n: r for n, r in mine if 'worst' in r}, products={n: r for n, r in mine if 'best' in r}, left=left)
+    layers, steps = (_rows(found, names.get(k, ())) for k in (4, 3))
+    return dict(machine=facts, options=o, notes=_notes(o, mine, left), layers=layers, steps=steps,
+                checks={n: r for n, r in mine.items() if 'worst' in r},
+                products={n: r for n, r in mine.items() if 'best' in r}, left=left)
 
 # %% ../../nbs/bench/05_gpu.ipynb #140b2221
 def checks_table(
@@ -680,14 +690,16 @@ def checks_table(
 )->str:
     "Whether all tiles are right"
     return text_table([['against float64', 'worst', 'allowed', 'tiles'], *(
-        [n.removeprefix('right? '), f"{r['worst']:.1e}", f"{r['limit']:g}", str(len(r['errors']))] for n, r in checks.items())])
+        [n.removeprefix('right? '), f"{r['worst']:.1e}", f"{r['limit']:g}", str(len(r['errors']))]
+        for n, r in checks.items())])
 
 def products_table(
     products:dict, # name -> what `product_times` gives
 )->str:
-    "Milliseconds of the best tile of each product, and how many times faster than dense it is, without turns and with them"
+    "Milliseconds of the best tile of each product, and dense over that, without turns and with them"
     def cell(b): return f"{as_ms(b['ms'])} {as_ratio(b['ratio'])} {as_ratio(b['with_turns'])}"
-    head = ['ms, dense over ours, the same with turns', 'forward', 'input gradient', 'weight gradient', 'turns', 'tables']
+    head = ['ms, dense over ours, the same with turns', 'forward', 'input gradient', 'weight gradient', 'turns',
+            'tables']
     return text_table([head, *([n.removeprefix('products '), *(cell(b) for b in r['best'].values()),
                                 as_ms(r['ms']['turn in'] + r['ms']['turn out']), as_ms(r['ms']['tables offsets'])]
                                for n, r in products.items())])

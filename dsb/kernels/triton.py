@@ -79,7 +79,8 @@ def _pack(src, dst, N, C, H, W, Hp, Wp, ph, pw, sn, sc, sh, sw, nI, LAST: tl.con
     at = c.to(tl.int64)*sc + h.to(tl.int64)*sh + w.to(tl.int64)*sw
     t = tl.load(src + (i.to(tl.int64)[:,None]*sn + at[None,:]), mask=(i<N)[:,None] & inside[None,:], other=0.)
     if ROUND=='cvt':
-        t = tl.inline_asm_elementwise('cvt.rna.tf32.f32 $0, $1;', '=r,f', [t], tl.int32, True, 1).to(tl.float32, bitcast=True)
+        bits = tl.inline_asm_elementwise('cvt.rna.tf32.f32 $0, $1;', '=r,f', [t], tl.int32, True, 1)
+        t = bits.to(tl.float32, bitcast=True)
     if ROUND=='bits':                                   # the same for the interpreter; NaN stays as it is
         t = tl.where(t==t, ((t.to(tl.int32, bitcast=True)+4096) & -8192).to(tl.float32, bitcast=True), t)
     to = (c.to(tl.int64)*(Hp*Wp) + p)*N
@@ -245,8 +246,9 @@ def positions(
 # %% ../../nbs/kernels/07_triton.ipynb #0178c6ed
 @Kernel
 def _forward(x, v, bias, y, rows, ptr, off, pos, N, Q, G,
-             B: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr, FLAT: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
-             SWAP: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr):
+             B: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr, FLAT: tl.constexpr, BK: tl.constexpr,
+             BQ: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PREC: tl.constexpr,
+             STAGES: tl.constexpr):
     """Rows of one group of y (O, Q), for BQ positions"""
     g = tl.program_id(0)%G                              # groups of a tile side by side: they share its input
     q = tl.program_id(0)//G*BQ + tl.arange(0, BQ)
@@ -268,7 +270,8 @@ def _forward(x, v, bias, y, rows, ptr, off, pos, N, Q, G,
         if full<end:
             k = full + tl.arange(0, BK)
             here = (k<end)[:,None]
-            X = tl.load((x + tl.load(off+k, mask=k<end, other=0).to(tl.int64)*N)[:,None] + at[None,:], mask=here, other=0.)
+            o = tl.load(off+k, mask=k<end, other=0).to(tl.int64)*N
+            X = tl.load((x + o)[:,None] + at[None,:], mask=here, other=0.)
             V = tl.load(v + (k[:,None]*B + (r%B)[None,:]), mask=here, other=0.)
             if SWAP: acc = tl.dot(tl.trans(X), V, acc, input_precision=PREC)
             else: acc = tl.dot(tl.trans(V), X, acc, input_precision=PREC)
@@ -302,7 +305,8 @@ def forward(
     "The forward product, images innermost"
     y = x.new_empty(f.O, f.Ho, f.Wo, f.N)
     data = x,_factor(values, precision),values if bias is None else bias,y
-    _forward((s.n_groups*-(-f.Q//BQ),), *data, s.rows, s.group_ptr, offsets(s, f), positions(s, f), f.N, f.Q, s.n_groups,
+    places,programs = (s.rows, s.group_ptr, offsets(s, f), positions(s, f)),s.n_groups*-(-f.Q//BQ)
+    _forward((programs,), *data, *places, f.N, f.Q, s.n_groups,
              **_const(f, s.block_size), BK=BK, BQ=BQ, SWAP=swap, BIAS=bias is not None, RELU=relu, PREC=precision,
              STAGES=num_stages, num_warps=num_warps)
     return y
@@ -373,7 +377,8 @@ def input_gradient(
     order,chan,seg = by_tap(s, f)
     sizes = f.N, f.H, f.W, f.Ho, f.Wo, *a.stride, *a.padding, *a.dilation, G, each, tiles, dx[0].numel()
     (kh,kw),B = a.kernel_size,s.block_size
-    _input_gradient((tiles*len(dx),), dy, _factor(values, precision), dx, s.rows, order, chan, seg, *sizes, KH=kh, KW=kw,
+    data = dy,_factor(values, precision),dx,s.rows,order,chan,seg
+    _input_gradient((tiles*len(dx),), *data, *sizes, KH=kh, KW=kw,
                     B=B, M=max(16,B), VEC=f.vec, BK=BK, BQ=BQ, PREC=precision, **launch)
     return dx[0] if len(dx)==1 else dx.sum(0)
 
@@ -476,7 +481,7 @@ def compiled_for(
     names = list(inspect.signature(kernel.fn).parameters)
     tensors = _POINTERS | {o:f'*{dtype}' for o in ('x','v','bias','y','dy','src','dst')}
     signature = {o:'constexpr' if o in const else tensors.get(o, 'i32') for o in names}
-    aligned = [o for o in names if o in tensors or o in ('N','Q','per','n_cols')]
+    aligned = [o for o in names if o in tensors or o in ('N','Q','per','n_cols','size')]
     source = ASTSource(kernel.compiled, signature, const, {(names.index(o),):[['tt.divisibility',16]] for o in aligned})
     launch = dict(num_warps=num_warps, num_stages=num_stages)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=launch)
