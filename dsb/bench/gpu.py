@@ -13,7 +13,8 @@ __all__ = ['NUMBERS', 'GPU_MODELS', 'DECIDE', 'TINY', 'GPU_OPTIONS', 'CASES', 'L
 import json, os, time
 import torch
 import torch.nn.functional as F
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fastcore.basics import patch
 from functools import cache, partial
 from pathlib import Path
 from .layers import (Layer, bsr_weight, contestants, dense_products, dense_times, layer_tensors, parse_layer,
@@ -435,7 +436,7 @@ def _gpu_network(name, kind, o):
 class Lines:
     "Measurements by name, each a line of JSON in a file that is only added to"
     def __init__(self,
-        path,       # file, need not exist; None: the lines are printed
+        path,       # file, need not exist; None: the lines go to stderr
         facts:dict, # what measures; the file must be of the same device and versions
     ):
         self.path, self.found = path and Path(path), {}
@@ -448,24 +449,27 @@ class Lines:
 
     def _read(self, text):
         for line in text.splitlines():
-            try: r = json.loads(line)
-            except ValueError: continue
-            self.found[r['name']] = r
-        if text and not text.endswith('\n'):
-            with open(self.path, 'a', encoding='utf-8') as f: f.write('\n')
+            with suppress(ValueError, TypeError, KeyError): self.found[json.loads(line)['name']] = json.loads(line)
+        if text and not text.endswith('\n'): self._write('')
 
-    def add(self,
-        name:str,  # of the measurement
-        what:dict, # everything JSON can hold
-    ):
-        "One more, on the disk when this returns"
-        r = self.found[name] = dict(name=name, **what)
-        line = json.dumps(r, ensure_ascii=False)
-        if not self.path: return print(line, flush=True)
-        with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(line + '\n')
-            f.flush()
-            os.fsync(f.fileno())
+# %% ../../nbs/bench/05_gpu.ipynb #bf32e6ac
+@patch
+def _write(self:Lines, line):
+    "On the disk when this returns"
+    if not self.path: return say(line)
+    with open(self.path, 'a', encoding='utf-8') as f:
+        f.write(line + '\n')
+        f.flush()
+        os.fsync(f.fileno())
+
+@patch
+def add(self:Lines,
+    name:str,  # of the measurement
+    what:dict, # everything JSON can hold
+):
+    "One more, written before the next one begins"
+    r = self.found[name] = dict(name=name, **what)
+    self._write(json.dumps(r, ensure_ascii=False))
 
 # %% ../../nbs/bench/05_gpu.ipynb #fc7ea213
 def _check_device(device, name):

@@ -347,14 +347,15 @@ def _input_gradient(dy, v, dx, rows, order, chan, seg, N, H, W, Ho, Wo, sh, sw, 
             h = q//N//W + ph - t//KW*dh
             w = q//N%W + pw - t%KW*dw
             ok = (h>=0) & (w>=0) & (h%sh==0) & (w%sw==0) & (h//sh<Ho) & (w//sw<Wo)
-            at = (row[:,None].to(tl.int64)*Ho + (h//sh)[None,:])*Wo + (w//sw)[None,:]
-            D = tl.load(dy + (at*N + n[None,:]), mask=(row>=0)[:,None] & ok[None,:], other=0.)
+            at = tl.max_contiguous(tl.multiple_of(((h//sh)*Wo + w//sw)*N + n, VEC), VEC)
+            D0 = dy + row.to(tl.int64)*(Ho*Wo*N)
+            D = tl.load(D0[:,None] + at[None,:], mask=(row>=0)[:,None] & ok[None,:], other=0.)
             for k0 in range(begin, end, BK):
                 k = k0 + tl.arange(0, BK)
                 id = tl.load(order+k, mask=k<end, other=0)
                 V = tl.load(v + (id[:,None]*B + r[None,:]), mask=(k<end)[:,None] & (r<B)[None,:], other=0.)
                 c = tl.load(chan+k, mask=k<end, other=0).to(tl.int64)
-                to = mine + (c[:,None]*Q + q[None,:])
+                to = (mine + c*Q)[:,None] + q[None,:]
                 there = (k<end)[:,None] & (q<Q)[None,:]
                 tl.store(to, tl.load(to, mask=there, other=0.) + tl.dot(V, D, input_precision=PREC), mask=there)
             tl.debug_barrier()
@@ -519,8 +520,9 @@ def tiles(
     precision:str, # as in `forward`
     B:int,         # block size
 )->list: # arguments of the product's function
-    "The tiles that fit: three products at a time need three times the registers"
-    most = math.inf if precision!='tf32x3' else 4096 if B<64 else 2048
+    "The tiles for which the registers suffice: three products at a time need three times as many"
+    large = B>=64 and (precision=='tf32x3' or product=='input_gradient')
+    most = 2048 if large else 4096 if precision=='tf32x3' else math.inf
     return [dict(o, precision=precision) for o in TILES[product] if o['BK']*o['BQ']<=most]
 
 # %% ../../nbs/kernels/07_triton.ipynb #44e3d21e
