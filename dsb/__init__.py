@@ -9,6 +9,7 @@ __all__ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'bud
            'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
 
 # %% ../nbs/07_init.ipynb #1110a1fa
+import dsb.core                     # first: it says what is missing
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured
 from .structure.extract import extract_blocks
 from .structure.density import budgets

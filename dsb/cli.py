@@ -21,11 +21,17 @@ def fail(
     message,      # anything with a text; becomes one line
     status:int=2, # exit status
 ):
-    "Print `message` on one line of stderr and end with `status`"
+    "Print `message` on one line of stderr and end with `status`; of several processes, only the first one speaks"
     rank = os.environ.get('RANK', '0')
     who = '' if rank == '0' else f'process {rank}: '
-    say(f"dsb: error: {who}{' '.join(str(message).split())}")
+    if _is_first(): say(f"dsb: error: {who}{' '.join(str(message).split())}")
     raise SystemExit(status)
+
+def _is_first():
+    "Is this the first process that fails, of those that torchrun started?"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return True
+    from dsb.training.train import tell_failure
+    return tell_failure()
 
 # %% ../nbs/06_cli.ipynb #e2a63e6e
 class Parser(argparse.ArgumentParser):
@@ -205,6 +211,8 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
+        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
+               "BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR'),
         option('--momentum', "momentum of SGD", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only", 'W'),
@@ -218,7 +226,10 @@ def _training_options():
 def _run_options():
     return [
         option('--out', "folder of the run; default runs/DATA-MODEL-METHOD-...", 'DIR'),
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=''),
+        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=None),
+        option('--save_every', "write a checkpoint every N steps, also within an epoch; 0: every ten minutes"),
+        option('--keep', "checkpoints to keep before the last one, to go back to where that is damaged"),
+        option('--on_nan', "at a loss or a gradient that is no number: stop, or skip the step", 'HOW'),
         option('--device', _or(CHOICES['device'])),
         option('--cuda', "which GPU", 'N', type=str),
         option('--workers', "processes that read image files; default: one per core, as far as useful"),
@@ -320,6 +331,7 @@ def continued(
     "The trainer of a run that goes on"
     from dsb.training.folder import load_checkpoint
     from dsb.training.train import MAY_CHANGE, Trainer
+    if not given['resume']: raise ValueError("--resume names nothing: give the folder of a run, or a checkpoint in it")
     path, ck = load_checkpoint(given['resume'])
     changes = {k: v for k, v in given.items() if k in MAY_CHANGE}
     if 'cuda' in changes: changes['cuda'] = _gpu(changes['cuda'])
@@ -334,12 +346,13 @@ def continued(
 def _ready(given, recipe):
     "The trainer that the options ask for, or one line and status 2"
     try:
-        from dsb.training.folder import Diverged
+        from dsb.training.folder import Diverged, Trouble
         from dsb.training.train import Trainer
-        if given.get('resume'): return continued(given)
+        if given.get('out') == '': raise ValueError("--out names nothing: give a folder, or leave it out")
+        if 'resume' in given: return continued(given)
         config, out = TrainConfig(**options_to_config(given, recipe)), given.get('out')
         return Trainer(config, out or default_out(config), another=not out)
-    except ValueError as e: fail(e)
+    except (ValueError, Trouble) as e: fail(e)
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 # %% ../nbs/06_cli.ipynb #9f12a7be
@@ -385,7 +398,7 @@ def _outcome(r, out):
 def _train(t, keep):
     "Fit, and say how it went; keep freed memory?"
     from dsb.training.data import DataError
-    from dsb.training.folder import Diverged, InUse, Interrupted
+    from dsb.training.folder import Diverged, InUse, Interrupted, Trouble
     from dsb.training.train import leave_group
     from dsb.training.tune import tune
     def tell(line):
@@ -396,7 +409,8 @@ def _train(t, keep):
     try: r = t.fit()
     except Interrupted as e: e.args = (f"{e}; saved, continue with --resume {shlex.quote(str(t.out))}",); raise
     except Diverged as e: fail(e, 1)
-    except (DataError, InUse) as e: fail(e)
+    except DataError as e: fail(f"{e}; continue with --resume" if t.step and t.out else e)
+    except (InUse, Trouble) as e: fail(e)
     leave_group()
     tell(_outcome(r, t.out))
     return 0
@@ -480,18 +494,30 @@ def _run_parser(name, about):
     return p
 
 # %% ../nbs/06_cli.ipynb #abe082cd
+def _show_parser():
+    p = _run_parser('show', show_command.__doc__)
+    p.add_argument('--html', nargs='?', const='', metavar='FILE', help='also write the run as one page that opens '
+                   'without a network; default report.html in the folder of the run')
+    return p
+
 def show_command(
     argv:list, # the words after `dsb show`
 )->int:        # exit status
     "Print a run's epochs and layers; draw its pictures anew"
-    args = parse_options(_run_parser('show', show_command.__doc__), argv)
+    args = parse_options(_show_parser(), argv)
     try:
         from dsb.training.folder import load_checkpoint, one_line
         path, ck = load_checkpoint(args.run)
         with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
+        page = '' if args.html is None else _page(path.parent, ck, args.html)
     except ValueError as e: fail(e)
-    print(shown)
+    print(shown + page)
     return 0
+
+def _page(run, ck, file):
+    "Write the page of a run; a line that says where"
+    from dsb.training.report import write_report
+    return f'\npage: {write_report(run, ck, file or None)}'
 
 # %% ../nbs/06_cli.ipynb #d74b1e90
 def _export(ck, out, format, folded):
@@ -672,4 +698,4 @@ def main(
 
 # %% ../nbs/06_cli.ipynb #40048fa2
 #| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())
