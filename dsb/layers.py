@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
-from .ops import autocasts, structure_of, block_linear, block_conv2d, revealed, set_collector
+from .ops import autocasts, structure_of, renew_kept, block_linear, block_conv2d, revealed, set_collector
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -73,11 +73,13 @@ class SparseLinear(SparseLayer, nn.Linear):
         self._build(dense, structure, device)
 
 # %% ../nbs/02_layers.ipynb #a9d8ab3d
+@patch
+def _places(self:SparseLayer)->tuple: return (self.rows, self.group_ptr, self.cols) if self.block_size else (self.flat,)
+
 @patch(as_prop=True)
 def structure(self:SparseLayer)->Structure:
     "Which weights are active: a copy, checked against the buffers at every use"
-    tensors = (self.rows, self.group_ptr, self.cols) if self.block_size else (self.flat,)
-    return structure_of(tensors, self.block_size, self.shape, self.groups, self.checksum)
+    return structure_of(self._places(), self.block_size, self.shape, self.groups, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #682f8836
 @patch
@@ -311,8 +313,9 @@ def _make_room(self:SparseLayer,
 # %% ../nbs/02_layers.ipynb #ec39f687
 @patch
 def _is_current(self:SparseLayer):
-    "Values and structure are of one moment"
+    "Values and structure are of one moment, and so are the tables that a backend made of the structure"
     if self.left_behind is not None: self.left_behind = None
+    if self.block_size: renew_kept(self._places(), self.block_size, self.shape, self.groups, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #eec5aca6
 @patch

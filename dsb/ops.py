@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
-           'sometimes_dense', 'structure_of', 'recall', 'operator', 'set_collector', 'revealed', 'norm_bound',
-           'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts', 'block_linear',
-           'conv_args', 'block_conv2d']
+           'sometimes_dense', 'structure_of', 'recall', 'renew_kept', 'operator', 'set_collector', 'revealed',
+           'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts',
+           'block_linear', 'conv_args', 'block_conv2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
 import importlib, importlib.util, sys, warnings, weakref
@@ -188,6 +188,15 @@ def unchanged(
     if self.versions!=[0 if o.is_inference() else o._version for o in tensors]: return False
     return all(o.data_ptr()==a.data_ptr() and o.shape==a.shape for o,a in zip(tensors, self.alias))
 
+# %% ../nbs/01_ops.ipynb #543034ca
+def _hand_on(old, new):
+    "Let what is kept with a structure follow its successor"
+    tensors = [list(s.state().values()) for s in (old,new)]
+    if any(o.shape!=n.shape for o,n in zip(*tensors)): return
+    if tensors[1][-1].is_cuda and torch.cuda.is_current_stream_capturing(): return
+    for k,o in old.cache.items():
+        if hasattr(o, 'renew'): new.cache[k] = o.renew(new)
+
 # %% ../nbs/01_ops.ipynb #c8592ce7
 def structure_of(
     tensors:tuple,  # those of the structure: rows, group_ptr, cols, or flat
@@ -199,7 +208,10 @@ def structure_of(
     "The structure that these tensors form; the same object until they change"
     known,what = _seen.get(id(tensors[-1])),(block_size,shape,groups)
     if known is None or not known.holds(tensors, what):
-        known = _seen[id(tensors[-1])] = _Known(tensors, _checked_copy(tensors, *what, checksum), what)
+        new = _Known(tensors, _checked_copy(tensors, *what, checksum), what)
+        same = known is not None and known.ref() is tensors[-1] and known.what==what
+        if same: _hand_on(known.structure, new.structure)
+        known = _seen[id(tensors[-1])] = new
     return known.structure
 
 # %% ../nbs/01_ops.ipynb #4edb3797
@@ -229,6 +241,15 @@ def recall(
     same = known is not None and known.ref() is tensors[-1] and known.what==(block_size,shape,groups)
     if same: return known.structure
     return structure_of(tensors, block_size, shape, groups, checksum)
+
+# %% ../nbs/01_ops.ipynb #653d50e8
+def renew_kept(
+    tensors:tuple, block_size:int, shape:tuple, groups:int=1, checksum:Tensor=None, # as in `structure_of`
+):
+    "After other places were written into the tensors: rewrite the tables kept with their structure, if any"
+    known = _seen.get(id(tensors[-1]))
+    if known is None or not any(hasattr(o, 'renew') for o in known.structure.cache.values()): return
+    structure_of(tensors, block_size, shape, groups, checksum)
 
 # %% ../nbs/01_ops.ipynb #9f81879c
 _ordinary = {Tensor, Parameter, int, type(None)}
