@@ -447,6 +447,12 @@ def _fingerprint(
     bits = t.detach().contiguous().view(_same_bits[t.element_size()]).view(-1).long()
     return mix_bits(bits + mix_bits(torch.arange(len(bits), device=t.device))).sum()
 
+# %% ../nbs/02_layers.ipynb #4366a8e4
+@patch
+def copies(self:SparseLayer)->list:
+    "Deep copies of the layer, and what it was copied from, as far as they are still there"
+    return [o for o in (self._kin or ()) if o is not self]
+
 # %% ../nbs/02_layers.ipynb #c5951529
 @patch
 def leave_behind(self:SparseLayer,

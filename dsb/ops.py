@@ -9,7 +9,7 @@ __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_no
            'block_linear', 'conv_args', 'block_conv2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
-import importlib, importlib.util, warnings, weakref
+import importlib, importlib.util, sys, warnings, weakref
 import torch
 import torch.nn.functional as F
 from functools import cache
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from torch.nn.parameter import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure.blocks import ShuffledBlocks, Structure, Unstructured
@@ -266,6 +267,8 @@ def _autograd_function(name, **parts):
 def _no_derivative(ctx, *grads):
     raise RuntimeError('a sparse layer has first derivatives only: expected no derivative of a gradient')
 
+_formulas = {}   # operator of torch -> how to count its FLOPs
+
 class _Operator:
     "A function, its registered operator, and the same as a `torch.autograd.Function`: for functorch, and in short"
     def __init__(self, name, f):
@@ -274,7 +277,9 @@ class _Operator:
         def nothing(ctx, inputs, output): pass
         self.function = _autograd_function(f.__name__, forward=f, setup_context=nothing, backward=_no_derivative)
     def __call__(self, *args):
-        if not _unwatched(*args[:2]): return self.op(*args)
+        if not _unwatched(*args[:2]):
+            if _formulas and not torch.compiler.is_compiling(): _tell_counters()
+            return self.op(*args)
         if torch._C._are_functorch_transforms_active(): return self.function.apply(*args)
         if self.short: return self.short.apply(*args)
         return self.f(*map(_bare, args))
@@ -585,3 +590,32 @@ def block_conv2d(
     "`F.conv2d` with a shuffled-block weight"
     _check_mixture(x, values)
     return _conv2d(x, values, bias, s.rows, s.group_ptr, s.cols, checksum, s.block_size, *s.shape, *a, key, chosen())
+
+# %% ../nbs/01_ops.ipynb #4f627151
+def _counts(*ops):
+    "Decorator: how to count the FLOPs of operators"
+    def note(f):
+        for o in ops: _formulas[getattr(torch.ops.dsb, o)] = f
+        return f
+    return note
+
+def _tell_counters():
+    "Give torch's FLOP counter, and those at work, our formulas"
+    counter = sys.modules.get('torch.utils.flop_counter')
+    if counter is None: return
+    tables = (getattr(getattr(m, 'counter', None), 'flop_registry', None) for m in _get_current_dispatch_mode_stack())
+    for table in (counter.flop_registry, *tables):
+        if table is not None: table.update(_formulas)
+
+# %% ../nbs/01_ops.ipynb #34bd6a1f
+@_counts('linear', 'conv2d')
+def _(x, values, *args, out_val): return 2*values.numel()*(out_val.numel()//out_val.shape[1])
+
+@_counts('linear_backward', 'conv2d_backward')
+def _(dy, x, values, rows, group_ptr, cols, checksum, B, O, K, *args, out_val):
+    key,backend,need_x,need_values = args[-4:]
+    f,positions = _collectors.get(key) if need_values else None,dy.numel()//O
+    compact = need_values and compact_wanted(key, x, values)
+    n = 2*positions*values.numel()*(need_x + compact)
+    if f is None or getattr(f, 'counting', False) or getattr(f, 'norms', False): return n
+    return n + 2*O*K*positions*images_wanted(f, len(dy))//max(1, len(dy))
