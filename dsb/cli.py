@@ -211,8 +211,8 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
-        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
-               "BatchNorm, which normalises within a part", 'K'),
+        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but "
+               "for BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR'),
         option('--momentum', "momentum of SGD", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only", 'W'),
@@ -226,7 +226,7 @@ def _training_options():
 def _run_options():
     return [
         option('--out', "folder of the run; default runs/DATA-MODEL-METHOD-...", 'DIR'),
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=None),
+        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH'),
         option('--save_every', "write a checkpoint every N steps, also within an epoch; 0: every ten minutes"),
         option('--keep', "checkpoints to keep before the last one, to go back to where that is damaged"),
         option('--on_nan', "at a loss or a gradient that is no number: stop, or skip the step", 'HOW'),
