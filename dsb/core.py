@@ -13,6 +13,12 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+# %% ../nbs/00_core.ipynb #c2361b32
+try: import fastcore
+except ImportError:
+    raise ImportError('dsb needs the package fastcore, which is not there: pip install fastcore; for a machine without '
+                      'a network, pip download --no-deps fastcore elsewhere, and pip install that file') from None
+
 # %% ../nbs/00_core.ipynb #bc4afb0c
 def one_of(
     name,    # what was got
