@@ -226,15 +226,11 @@ def _training_options():
 def _run_options():
     return [
         option('--out', "folder of the run; default runs/DATA-MODEL-METHOD-...", 'DIR'),
-<<<<<<< /tmp/tmpi3jy3djn.txt
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=None),
+        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH'),
         option('--logger', "write each epoch's metrics for other programs, too: csv (metrics.csv) or tensorboard",
                default=None),
         option('--eval', "no training: how the best model of this folder, or the model of this checkpoint, does on the "
                "test images", 'PATH', default=None),
-=======
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH'),
->>>>>>> /tmp/tmp4b6w631r.txt
         option('--save_every', "write a checkpoint every N steps, also within an epoch; 0: every ten minutes"),
         option('--keep', "checkpoints to keep before the last one, to go back to where that is damaged"),
         option('--on_nan', "at a loss or a gradient that is no number: stop, or skip the step", 'HOW'),
