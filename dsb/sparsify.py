@@ -18,7 +18,8 @@ from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets, initial_budgets
 from .structure.methods import STARTS, check_setting
 from .core import markdown_table, one_of
-from .layers import SparseLayer, SparseLinear, SparseConv2d, to_autocast, passing
+from .layers import (PROJECTIONS, SparseAttention, SparseLayer, SparseLinear, SparseConv2d, TWINS, passing,
+                        to_autocast, twin_class)
 from .ops import backend_module, sometimes_dense, why_not
 
 # %% ../nbs/03_sparsify.ipynb #d0dca3a4
@@ -46,62 +47,94 @@ def named_modules(
         if m is not None: yield from named_modules(m, f'{prefix}.{k}' if prefix else k, seen)
 
 # %% ../nbs/03_sparsify.ipynb #af830077
-_twins = {nn.Conv2d:SparseConv2d, nn.Linear:SparseLinear}
-
-def _candidates(model)->dict:
-    "Name -> module of each `nn.Conv2d` and `nn.Linear`, every module once"
-    return {n:m for n,m in named_modules(model) if type(m) in _twins}
+def _candidates(
+    model,
+    opened:dict={}, # attention -> the `SparseAttention` that would take its place
+    also=(),        # types whose subclasses are candidates too
+)->dict:
+    "Name -> layer of each layer that has a sparse twin, every one once"
+    found,inside = {},{m.out_proj for m in opened}
+    for n,m in named_modules(model):
+        if m in opened: found |= {f'{n}.{k}' if n else k: getattr(opened[m], k) for k in PROJECTIONS}
+        elif m not in inside and twin_class(m, also): found[n] = m
+    return found
 
 # %% ../nbs/03_sparsify.ipynb #25f1f8ae
-_standard = {*vars(nn.Conv2d(1,1,1,device='meta')), *vars(nn.Linear(1,1,device='meta')),
-             'weight_shape','shape','block_size','pad_first','args','pruning'}
+_standard = {*vars(nn.Module()), *(k for o in (*TWINS.values(), SparseAttention) for k in o.plain_attributes),
+             '_qkv_same_embed_dim','bias_k','bias_v','weight_shape','shape','block_size','pad_first','args','pruning'}
 _sparse_tensors = 'values','rows','group_ptr','cols','flat','checksum'      # what sparse layers call their tensors
+_of_attention = *PROJECTIONS,'in_proj_weight','in_proj_bias','q_proj_weight','k_proj_weight','v_proj_weight'
 _tensors = {'weight','bias',*_sparse_tensors}
 
 def _extras(m)->list: # names
     "What somebody has hung on a layer"
-    inside = [k for d in (m._parameters, m._buffers, m._modules) for k in d if k not in _tensors or k in m._modules]
+    own = _of_attention if isinstance(m, nn.MultiheadAttention) else _tensors-m._modules.keys()
+    inside = [k for d in (m._parameters, m._buffers, m._modules) for k in d if k not in own]
     ours = passing if isinstance(m, SparseLayer) else ()
     return inside + [k for k in m.__dict__ if k not in _standard and k not in ours]
 
 # %% ../nbs/03_sparsify.ipynb #b8b4bab6
-def _reason_to_stay(m, users:Counter)->str: # '' if there is none
-    "Why a candidate cannot become sparse whatever the budget; `users` counts the modules that hold each parameter"
-    w = m._parameters.get('weight')
+def _weight_stays(w, users:Counter)->str: # '' if there is no reason
+    "Why a weight cannot become sparse; `users` counts the modules that hold each parameter"
     if w is None: return 'its weight is computed from other parameters'
+    if isinstance(w, nn.parameter.UninitializedParameter): return 'its weight is not made yet: call the model once'
     if users[id(w)]>1: return 'shares its weight with another module'
     if w._backward_hooks or w._post_accumulate_grad_hooks: return 'its weight has gradient hooks'
     if not w.is_floating_point(): return f'its weight is {str(w.dtype)[6:]}'
-    taken = [k for k in _extras(m) if hasattr(_twins[type(m)], k) or k in _sparse_tensors]
-    if taken: return f'has something of its own called {taken[0]!r}'
     return '' if w.requires_grad else 'frozen'
 
+def _reason_to_stay(m, users:Counter, also=())->str: # '' if there is none
+    "Why a candidate cannot become sparse whatever the budget"
+    why = _weight_stays(m._parameters.get('weight'), users)
+    if why and why!='frozen': return why
+    taken = [k for k in _extras(m) if hasattr(twin_class(m, also).base_twin, k) or k in _sparse_tensors]
+    return f'has something of its own called {taken[0]!r}' if taken else why
+
 # %% ../nbs/03_sparsify.ipynb #67f70b85
-def _must_stay(model, mods)->dict:
+def _must_stay(model, mods, also=())->dict:
     "Name -> reason, for candidates that cannot become sparse"
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    return {n:r for n,m in mods.items() if (r:=_reason_to_stay(m, users))}
+    users = _users(model)
+    return {n:r for n,m in mods.items() if (r:=_reason_to_stay(m, users, also))}
+
+def _users(model)->Counter:
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+# %% ../nbs/03_sparsify.ipynb #61d2161b
+_weights_of_attention = 'in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight'
+
+def _closed(m, users:Counter)->str: # '' if it can be opened
+    "Why an `nn.MultiheadAttention` stays as it is"
+    if type(m) is not nn.MultiheadAttention: return f'{type(m).__name__} is a subclass of nn.MultiheadAttention'
+    if m.bias_k is not None: return 'add_bias_kv: it has a key of its own'
+    if m.add_zero_attn: return 'add_zero_attn: it has a key of zeros'
+    held = [m._parameters[k] for k in _weights_of_attention if m._parameters.get(k) is not None]
+    if len(held) not in (1,3): return 'its weight is computed from other parameters'
+    taken = [k for k in _extras(m) if hasattr(SparseAttention, k) or k in PROJECTIONS]
+    if taken: return f'has something of its own called {taken[0]!r}'
+    return next((r for w in (*held, m.out_proj._parameters.get('weight')) if (r:=_weight_stays(w, users))), '')
 
 # %% ../nbs/03_sparsify.ipynb #760fb81c
 def _kept(
     dense,            # None, or names, types or a predicate of (name, module)
     mods:dict,        # candidates
     distribution:str, # decides for None
+    whole:dict={},    # name of an attention -> attention; its type or name means all its projections
 )->list: # names
     "Candidates that stay dense on request"
     if dense is None: return _ends(mods) if distribution=='uniform' else []
     if callable(dense) and not isinstance(dense, type): return [n for n,m in mods.items() if dense(n, m)]
     dense = [dense] if isinstance(dense, (str,type)) else list(dense)
-    unknown = [o for o in dense if isinstance(o,str) and o not in mods]
+    unknown = [o for o in dense if isinstance(o,str) and o not in mods and o not in whole]
     if unknown: raise ValueError(f'dense={unknown[0]!r}: expected names of nn.Conv2d or nn.Linear modules, such as '
                                  f'{", ".join(list(mods)[:3])}')
     types = tuple(o for o in dense if isinstance(o,type))
-    return [n for n,m in mods.items() if n in dense or isinstance(m, types)]
+    parts = [f'{n}.{k}' if n else k for n,m in whole.items() if n in dense or isinstance(m, types) for k in PROJECTIONS]
+    return [n for n,m in mods.items() if n in dense or n in parts or isinstance(m, types)]
 
 # %% ../nbs/03_sparsify.ipynb #dd1f4313
 def _ends(mods)->list: # names
     "The first convolution and the last linear layer"
-    first = [n for n,m in mods.items() if isinstance(m, nn.Conv2d)][:1]
+    first = [n for n,m in mods.items() if hasattr(m, 'kernel_size')][:1]
     return first + [n for n,m in mods.items() if isinstance(m, nn.Linear)][-1:]
 
 # %% ../nbs/03_sparsify.ipynb #6287275a
@@ -163,6 +196,32 @@ def _carry(old, new, **pairs):
             q.requires_grad_(p.requires_grad)
     return new.train(old.training)
 
+# %% ../nbs/03_sparsify.ipynb #a03ca105
+def _parameters_of(m)->list: # of four (weight, bias or None)
+    "The parameters of an attention, open or not: one stands for query, key and value where they are packed"
+    if isinstance(m, SparseAttention): return [(getattr(m, k).weight, getattr(m, k).bias) for k in PROJECTIONS]
+    w = [m.in_proj_weight]*3 if m.in_proj_weight is not None else [m.q_proj_weight, m.k_proj_weight, m.v_proj_weight]
+    return [*zip(w, [m.in_proj_bias]*3), (m.out_proj.weight, m.out_proj.bias)]
+
+def _carry_attention(old, new):
+    "The same for an attention, from closed to open or from open, with dense layers, to closed"
+    _carry(old, new)
+    _carry(old.out_proj, new.out_proj, weight='weight', bias='bias')
+    for pair in zip(_parameters_of(old)[2::-1], _parameters_of(new)[2::-1]):
+        for p,q in zip(*pair):
+            if p is not None: q.__dict__.update(p.__dict__); q.requires_grad_(p.requires_grad)
+    return new
+
+def _open(m): return _carry_attention(m, SparseAttention.from_dense(m))
+def _close(m): return _carry_attention(m, m.to_dense())
+
+# %% ../nbs/03_sparsify.ipynb #4d784887
+def _opened(model)->dict:
+    "Attention -> the `SparseAttention` that would take its place"
+    users = _users(model)
+    found = [m for _,m in named_modules(model) if isinstance(m, nn.MultiheadAttention)]
+    return {m:_open(m) for m in found if not isinstance(m, SparseAttention) and not _closed(m, users)}
+
 # %% ../nbs/03_sparsify.ipynb #fcae801d
 def _check_options(block_size, init, start):
     "Raise for options that no model can satisfy"
@@ -173,24 +232,59 @@ def _check_options(block_size, init, start):
         raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; "
                          "use 'random' or 'magnitude'")
 
+# %% ../nbs/03_sparsify.ipynb #be0dd665
+def _kinds_of(model)->str:
+    "What a model is made of, in words"
+    def has_any(m): return next(m.parameters(recurse=False), None) is not None
+    kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if has_any(m))
+    return ', '.join(kinds) or 'modules without parameters'
+
 # %% ../nbs/03_sparsify.ipynb #0c8a41e9
-def _check_model(model, mods):
-    "Raise for a model that cannot be made sparse; `mods` are its candidates"
+def _check_model(model):
+    "Raise for a model that cannot be made sparse"
     for m in model.modules():
         if isinstance(m, SparseLayer):
             raise ValueError('the model is sparse already: sparsify a dense one, or densify it first')
         if isinstance(m, nn.parallel.DistributedDataParallel) or type(m).__name__=='OptimizedModule':
             raise ValueError(f'the model is in a {type(m).__name__}, which knows the parameters that it has now: '
                              'sparsify first, wrap it then')
-    if not mods: raise ValueError('nothing to make sparse: the model has no nn.Conv2d or nn.Linear')
+
+def _check_candidates(model, mods):
+    "Raise if there is nothing to make sparse, or it has no numbers; `mods` are the candidates"
+    if not mods: raise ValueError('nothing to make sparse: the model has no linear layer or convolution, only '
+                                  f'{_kinds_of(model)}; also=TYPE takes subclasses of them')
     if any(p.is_meta for m in mods.values() for p in m.parameters()):
         raise ValueError('the model is on the meta device, where weights have no values to choose by: make it on a '
                          'real device, or call to_empty and load it first')
 
+# %% ../nbs/03_sparsify.ipynb #d5d3ec01
+def _types(also)->tuple:
+    "The types that the user wants too, checked"
+    also = (also,) if isinstance(also, type) else tuple(also)
+    odd = [o for o in also if not (isinstance(o, type) and issubclass(o, tuple(TWINS)))]
+    known = ', '.join(f'nn.{t.__name__}' for t in TWINS)
+    if odd: raise ValueError(f'also={getattr(odd[0], "__name__", odd[0])}: expected {known}, or derived types')
+    return also
+
+# %% ../nbs/03_sparsify.ipynb #33d673a3
+class _Plan:
+    "Which layers of a model may become sparse, and how many weights each gets"
+    def __init__(self, model, sparsity, block_size, distribution, dense, also):
+        _check_model(model)
+        self.opened,self.also = _opened(model),_types(also)
+        self.layers = mods = _candidates(model, self.opened, self.also)
+        _check_candidates(model, mods)
+        stay,whole = _must_stay(model, mods, self.also),{n:m for n,m in named_modules(model) if m in self.opened}
+        self.shapes = {n:tuple(twin_class(m, self.also).in_rows(m.weight).shape) for n,m in mods.items()}
+        self.groups = {n:getattr(m,'groups',1) for n,m in mods.items()}
+        kept = {*stay, *_kept(dense, mods, distribution, whole)}
+        self.budgets = budgets(self.shapes, sparsity, block_size, distribution, kept, self.groups)
+        self.reasons = {n:stay.get(n) or b.reason for n,b in self.budgets.items() if b.active==b.size}
+
 # %% ../nbs/03_sparsify.ipynb #d704afc2
 def sparsify(
     model:nn.Module,     # changed in place
-    sparsity:float=.9,   # share of inactive weights over all nn.Conv2d and nn.Linear of the model, in [0, 1)
+    sparsity:float=.9,   # share of inactive weights over all linear layers and convolutions, in [0, 1)
     block_size:int=16,   # B, or 0 for unstructured layers
     distribution='erk',  # 'uniform', 'er', 'erk', or a dict layer name -> density
     dense=None,          # what stays dense: names, types or a predicate of (name, module); None: by distribution
@@ -198,29 +292,33 @@ def sparsify(
     init:str='keep',     # 'keep' the initial values, or scale them to the active 'fan_in'
     start:str=None,      # active places: 'cover' (default for blocks), 'magnitude' or 'random' (default for B=0)
     initial_ratio:float=1., # weights at the start over those at the end; `Updater(prune_end=...)` prunes the rest
+    also=(),             # types, such as `nn.Linear`, whose subclasses become sparse too
 )->nn.Module: # the model; a new layer if `model` itself is one
     "Replace linear and convolution layers by sparse ones with a given total density, or more than that at the start"
     _check_options(block_size, init, start)
-    mods = _candidates(model)
-    _check_model(model, mods)
-    stay = _must_stay(model, mods)
-    shapes = {n:tuple(m.weight.shape) for n,m in mods.items()}
-    groups = {n:getattr(m,'groups',1) for n,m in mods.items()}
-    plan = budgets(shapes, sparsity, block_size, distribution, {*stay, *_kept(dense, mods, distribution)}, groups)
-    early = {} if initial_ratio==1 else initial_budgets(plan, initial_ratio, shapes, block_size, groups)
-    how = block_size, start or ('cover' if block_size else 'random'), generator, init
-    sparse = {n:b for n,b in plan.items() if b.active<b.size}
-    model = _swap(model, {mods[n]:_sparse_twin(mods[n], b, *how, early.get(n)) for n,b in sparse.items()})
-    reasons = {n:stay.get(n) or b.reason for n,b in plan.items() if b.active==b.size}
-    vars(unwrapped(model))['dsb_reasons'] = reasons     # a note, which need not undo what `fuse` has done
+    p = _Plan(model, sparsity, block_size, distribution, dense, also)
+    early = {} if initial_ratio==1 else initial_budgets(p.budgets, initial_ratio, p.shapes, block_size, p.groups)
+    how = block_size, start or ('cover' if block_size else 'random'), generator, init, p.also
+    sparse = {n:b for n,b in p.budgets.items() if b.active<b.size}
+    twins = {p.layers[n]:_sparse_twin(p.layers[n], b, *how, early.get(n)) for n,b in sparse.items()}
+    model = _swap(_swap(model, p.opened), twins)
+    vars(unwrapped(model))['dsb_reasons'] = p.reasons     # a note, which need not undo what `fuse` has done
+    return _without_shortcuts(model)
+
+# %% ../nbs/03_sparsify.ipynb #3546b007
+def _without_shortcuts(model):
+    "Encoders of torch with sparse layers hand them padded sequences"
+    for m in model.modules():
+        if isinstance(m, nn.TransformerEncoder) and sparse_layers(m): m.use_nested_tensor = False
     return model
 
 # %% ../nbs/03_sparsify.ipynb #351de3a4
-def _sparse_twin(m, b, block_size, start, generator, init, first=None):
+def _sparse_twin(m, b, block_size, start, generator, init, also=(), first=None):
     "The sparse layer in the place of a dense one"
-    groups,taps = getattr(m,'groups',1),math.prod(getattr(m,'kernel_size',()))
-    s = _start_structure(m.weight.detach().flatten(1), first or b, block_size, groups, start, generator, taps)
-    new = _carry(m, _twins[type(m)].from_dense(m, s), weight='values', bias='bias')
+    groups,taps,kind = getattr(m,'groups',1),math.prod(getattr(m,'kernel_size',())),twin_class(m, also)
+    w = kind.in_rows(m.weight.detach()).flatten(1)
+    s = _start_structure(w, first or b, block_size, groups, start, generator, taps)
+    new = _carry(m, kind.from_dense(m, s), weight='values', bias='bias')
     if first: new.pruning = first,b
     if init=='fan_in': _rescale_fan_in(new)
     return new
@@ -266,23 +364,44 @@ def _summary_row(name, m, reasons)->Row:
         return Row(name, m.weight_shape, s.nnz, size, 'single entries', note=why, numbers=numbers)
     like,a = to_autocast(m.values[:0])[0],getattr(m,'args',None)
     who,why = why_not(like, s, a)
+    if m.indirect: why = '; '.join([m.indirect, *[why]*bool(why)])
     if sometimes_dense(like, s, a): why += '; '*bool(why) + 'for some inputs through the dense weight: measured faster'
     return Row(name, m.weight_shape, s.nnz, size, f'blocks of {m.block_size}', s.n_blocks, who, why, numbers)
 
 # %% ../nbs/03_sparsify.ipynb #6d5c5c10
-def _is_counted(m)->bool: return type(m) in _twins or isinstance(m, SparseLayer)
+def _is_counted(name, m, reasons)->bool:
+    return isinstance(m, SparseLayer) or twin_class(m) is not None or name in reasons
 
-def _not_counted(model)->dict:
-    "Name -> shape of the weights outside the layers that are counted"
-    seen = {id(p) for m in model.modules() if _is_counted(m) for p in m.parameters()}
-    return {n:tuple(p.shape) for n,p in unwrapped(model).named_parameters() if p.dim()>1 and id(p) not in seen}
+def _why_not_counted(m, parent, users)->str:
+    "Why weights of a module are not among those that can be sparse"
+    if isinstance(m, nn.MultiheadAttention): return _closed(m, users) or 'dsb.sparsify makes layers of them'
+    if isinstance(parent, nn.MultiheadAttention): return _why_not_counted(parent, None, users)
+    if isinstance(m, nn.RNNBase): return f'{type(m).__name__} multiplies by them inside one call of torch'
+    if isinstance(m, (nn.Embedding,nn.EmbeddingBag)): return 'looked up, not multiplied'
+    base = next((o for o in TWINS if isinstance(m, o)), None)
+    if base: return f'{type(m).__name__} is a subclass of nn.{base.__name__}, which also=nn.{base.__name__} would take'
+    return f'used by {type(m).__name__} itself'
+
+# %% ../nbs/03_sparsify.ipynb #0064c7d8
+def _not_counted(model, reasons={})->dict: # name -> (shape, why)
+    "The weights outside the layers that are counted"
+    mods,users = list(named_modules(model)),_users(model)
+    parents = {c:m for _,m in mods for c in m.children()}
+    seen = {id(p) for n,m in mods if _is_counted(n, m, reasons) for p in m.parameters()}
+    found = {}
+    for n,m in mods:
+        for k,p in m._parameters.items():
+            if p is None or p.dim()<2 or id(p) in seen: continue
+            seen.add(id(p))
+            found[f'{n}.{k}' if n else k] = tuple(p.shape),_why_not_counted(m, parents.get(m), users)
+    return found
 
 # %% ../nbs/03_sparsify.ipynb #7a876735
 class Summary:
     "Layers of a model, their structure and density"
     def __init__(self,
         rows:list,   # a `Row` per layer
-        others:dict, # name -> shape of weights that are not counted
+        others:dict, # name -> (shape, why) of weights that are not counted
     ): self.rows,self.others = rows,others
     @property
     def active(self)->int: return sum(r.active for r in self.rows)
@@ -297,8 +416,8 @@ def summary(
 )->Summary:
     "Table of the model's linear and convolution layers, as they would be computed here and now"
     reasons = getattr(unwrapped(model), 'dsb_reasons', {})
-    rows = [_summary_row(n, m, reasons) for n,m in named_modules(model) if _is_counted(m)]
-    return Summary(rows, _not_counted(model))
+    rows = [_summary_row(n, m, reasons) for n,m in named_modules(model) if _is_counted(n, m, reasons)]
+    return Summary(rows, _not_counted(model, reasons))
 
 # %% ../nbs/03_sparsify.ipynb #b3381e1f
 def kernel_words(
@@ -339,8 +458,11 @@ def _table(self:Summary)->list: # rows of strings
 @patch
 def _footnotes(self:Summary)->list: # lines
     "What stands below the table"
-    names = (f'{n} ({"×".join(map(str, s))})' for n,s in self.others.items())
-    return [self.computed()]*bool(self.rows) + [f'Not counted: {", ".join(names)}']*bool(self.others)
+    by_reason = {}
+    for n,(shape,why) in self.others.items():
+        by_reason.setdefault(why, []).append(f'{n} ({"×".join(map(str, shape))})')
+    left = [f'Not counted, {why}: {", ".join(names)}' for why,names in by_reason.items()]
+    return [self.computed()]*bool(self.rows) + left
 
 # %% ../nbs/03_sparsify.ipynb #9f3cd41c
 @patch
@@ -360,21 +482,20 @@ def __repr__(self:Summary):
 @torch.no_grad()
 def _dense_twin(m):
     "The ordinary layer with the weights of sparse layer `m`"
-    common = dict(bias=m.bias is not None, device=m.values.device, dtype=m.values.dtype)
-    if isinstance(m, SparseLinear): new = nn.Linear(m.in_features, m.out_features, **common)
-    else:
-        geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups
-        new = nn.Conv2d(m.in_channels, m.out_channels, *geometry, padding_mode=m.padding_mode, **common)
-    new.weight.copy_(m.dense_weight())
-    if m.bias is not None: new.bias.copy_(m.bias)
+    new = m.dense_type.__new__(m.dense_type)
+    nn.Module.__init__(new)
+    for k in m.plain_attributes: setattr(new, k, getattr(m, k))
+    new.weight = nn.Parameter(m.dense_weight().contiguous())
+    new.bias = None if m.bias is None else nn.Parameter(m.bias.clone())
     return _carry(m, new, values='weight', bias='bias')
 
 # %% ../nbs/03_sparsify.ipynb #e0acc71c
 def densify(
     model:nn.Module, # with sparse layers; not changed
-)->nn.Module: # a copy with `nn.Linear` and `nn.Conv2d` only
+)->nn.Module: # a copy without any, each layer of the type that it had
     "A dense model that computes the same function"
     new = copy.deepcopy(model)
     for p,q in zip(model.parameters(), new.parameters()): q.__dict__.update(p.__dict__)   # torch does not copy these
     unwrapped(new).__dict__.pop('dsb_reasons', None)
-    return _swap(new, {m:_dense_twin(m) for m in sparse_layers(new).values()})
+    new = _swap(new, {m:_dense_twin(m) for m in sparse_layers(new).values()})
+    return _swap(new, {m:_close(m) for m in new.modules() if isinstance(m, SparseAttention)})

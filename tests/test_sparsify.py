@@ -19,7 +19,8 @@ def encoder():
 def test_one_training_step(make, sparsity, block_size):
     torch.manual_seed(0)
     model,x = make()
-    modules = len(list(model.modules()))
+    attentions = sum(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    modules = len(list(model.modules())) + 3*attentions      # three more projections are layers
     dsb.sparsify(model, sparsity, block_size)
     s = dsb.summary(model)
     assert abs(s.active-(1-sparsity)*s.size) <= max(block_size**2, 1), s
@@ -51,6 +52,44 @@ def test_encoder_in_evaluation_mode():
     dsb.sparsify(model, .7, 8).eval()
     with torch.no_grad(): fused = model(x)
     torch.testing.assert_close(fused, model(x).detach(), rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'eval, no gradients', 'eval, compiled'])
+def test_attention_is_not_passed_by(mode):
+    "torch's encoder has shortcuts that read the weights and pass by the layers; each sparse layer computes all the same"
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, 0., batch_first=True)
+    model = dsb.sparsify(nn.TransformerEncoder(layer, 2), .7, 8).train(mode=='train')
+    plain,seen = dsb.densify(model),[]
+    assert type(plain.layers[0].self_attn) is nn.MultiheadAttention
+    x,pad = torch.randn(3,7,64),torch.arange(7)>torch.tensor([6,3,5])[:,None]
+    with torch.set_grad_enabled(mode in ('train','eval')):
+        f = torch.compile(model, backend='aot_eager') if 'compiled' in mode else model
+        for given in dict(), dict(src_key_padding_mask=pad):
+            torch.backends.mha.set_fastpath_enabled(False)
+            try: want = plain(x, **given)
+            finally: torch.backends.mha.set_fastpath_enabled(True)
+            torch.testing.assert_close(f(x, **given), want, rtol=1e-4, atol=1e-4)
+        if 'compiled' in mode: return
+        for m in dsb.sparse_layers(model).values(): m.register_forward_hook(lambda m,*_: seen.append(m))
+        model(x, src_key_padding_mask=pad)
+    assert len(seen)==len(dsb.sparse_layers(model))>6
+
+def test_a_whole_transformer():
+    "Encoder and decoder, masks, training with updates, and back"
+    torch.manual_seed(0)
+    model = dsb.sparsify(nn.Transformer(32, 4, 1, 2, 64, 0., batch_first=True), .6, 8)
+    assert len(dsb.sparse_layers(model))>=20 and not dsb.summary(model).others
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    upd = dsb.Updater(model, opt, T=2, T_end=100, rule='columns')
+    a,b,later = torch.randn(4,9,32),torch.randn(4,5,32),nn.Transformer.generate_square_subsequent_mask(5)
+    first = {n:m.mask() for n,m in dsb.sparse_layers(model).items()}
+    for _ in range(6):
+        loss = (model(a, b, tgt_mask=later, tgt_is_causal=True)-1).square().mean()
+        loss.backward(); opt.step(); opt.zero_grad(); upd.step()
+    moved = [n for n,m in dsb.sparse_layers(model).items() if not torch.equal(m.mask(), first[n])]
+    assert any('q_proj' in n for n in moved) and any('out_proj' in n for n in moved)
+    with torch.no_grad():
+        torch.testing.assert_close(dsb.densify(model)(a, b, tgt_mask=later), model(a, b, tgt_mask=later), rtol=1e-4, atol=1e-4)
 
 def test_hooks_stay():
     "Hooks on a layer that becomes sparse keep working"
