@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['passing', 'TWINS', 'PROJECTIONS', 'SparseLayer', 'SparseLinear', 'DerivedWeight', 'to_autocast', 'SparseConv2d',
-           'resize', 'twin_class', 'remade', 'SparseAttention', 'projections']
+           'SparseConv1d', 'SparseConv3d', 'SparseConvTranspose2d', 'SparseConvTranspose1d', 'resize', 'SparseConv1D',
+           'twin_class', 'remade', 'SparseAttention', 'projections']
 
 # %% ../nbs/02_layers.ipynb #7043b364
 import copy, math, weakref
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
-from .ops import autocasts, structure_of, block_linear, block_conv2d, revealed, set_collector
+from .ops import (autocasts, structure_of, block_linear, block_conv2d, block_conv_transpose2d, revealed,
+                     set_collector)
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -78,7 +80,7 @@ def _build(self:SparseLayer,
     structure.validate(self.groups)
     for k,v in structure.state().items(): self.register_buffer(k, v.to(device, copy=True))
     self.register_buffer('checksum', structure.checksum().to(device))
-    self.values = _empty_parameter(w, structure.values_shape, device)
+    self.values = _empty_parameter(dense.weight, structure.values_shape, device)
     self.bias = None if b is None else _empty_parameter(b, b.shape, device)
     self.training = dense.training
     _alive.add(self)
@@ -178,6 +180,18 @@ def _written(func, args, kwargs)->list: # tensors
     else: targets = [kwargs.get('out')]
     return [t for o in targets for t in (o if isinstance(o, (list,tuple)) else [o])]
 
+# %% ../nbs/02_layers.ipynb #30b044c1
+def _layer_behind(func, args, kwargs):
+    "The layer that can answer for `F.linear`, or None"
+    if func is not F.linear: return None
+    w = args[1] if len(args)>1 else kwargs.get('weight')
+    layer = getattr(w, 'layer', None)
+    if layer is None or not layer.block_size or layer.base_twin is not SparseLinear: return None
+    same = layer.values._version==w.version and w.requires_grad==layer.values.requires_grad
+    return layer if same else None
+
+def _multiplied(layer, input, weight=None, bias=None): return layer._product(input, bias)
+
 # %% ../nbs/02_layers.ipynb #f68ae9b9
 _derived = ('the weight of a sparse layer is computed from its values, so writing to it would change nothing: '
             'initialise before dsb.sparsify, call layer.reset_parameters(), or write to layer.values, for example '
@@ -190,6 +204,7 @@ class DerivedWeight(Tensor):
         kwargs = kwargs or {}
         if any(isinstance(o, cls) for o in _written(func, args, kwargs)): raise RuntimeError(_derived)
         with torch._C.DisableTorchFunctionSubclass():
+            if layer := _layer_behind(func, args, kwargs): return _multiplied(layer, *args, **kwargs)
             res = func(*args, **kwargs)
             if not isinstance(res, Tensor): return res
             source = args[0] if args and isinstance(args[0], cls) else None
@@ -213,8 +228,11 @@ def _revealed_weight(self:SparseLayer)->Tensor:
 @patch(as_prop=True)
 def weight(self:SparseLayer)->Tensor:
     "The dense weight, read only"
-    w = self._revealed_weight()
-    return w if torch.compiler.is_compiling() else w.as_subclass(DerivedWeight)
+    w,v = self._revealed_weight(),self.values
+    if torch.compiler.is_compiling(): return w
+    w = w.as_subclass(DerivedWeight)
+    if not v.is_inference(): w.layer,w.version = self,v._version
+    return w
 
 @patch
 def __setattr__(self:SparseLayer, name, value):
@@ -290,6 +308,97 @@ def _convolve(self:SparseConv2d, x):
     if not self.block_size: return F.conv2d(x, self._revealed_weight(), self.bias, *a[1:])
     x,v,b = to_autocast(x, self.values, self.bias)
     return block_conv2d(x, v, b, self, a, self.collect_key, self.checksum)
+
+# %% ../nbs/02_layers.ipynb #db624a0e
+class SparseConv1d(SparseLayer, nn.Conv1d):
+    "`nn.Conv1d` with a sparse weight"
+    dense_type,plain_attributes,indirect = nn.Conv1d,_geometry,'as a 2-D convolution of height 1'
+    def _prepare(self):
+        left,right = around = tuple(self._reversed_padding_repeated_twice)
+        known = self.padding_mode=='zeros' and left==right
+        self.pad_first = () if known else around
+        sizes = (1,*self.kernel_size),(1,*self.stride),(0,left if known else 0),(1,*self.dilation)
+        self.args = ConvArgs(*sizes, self.groups)
+
+@patch
+def forward(self:SparseConv1d, x):
+    if self.left_behind is not None: self._check_copy()
+    if x.dim()==2: return self.forward(x[None])[0]
+    x,a = self._padded(x),self.args
+    if not self.block_size:
+        return F.conv1d(x, self._revealed_weight(), self.bias, self.stride, a.padding[1:], self.dilation, self.groups)
+    x,v,b = to_autocast(x, self.values, self.bias)
+    return block_conv2d(x.unsqueeze(-2), v, b, self, a, self.collect_key, self.checksum).squeeze(-2)
+
+# %% ../nbs/02_layers.ipynb #51ec7fbb
+class SparseConv3d(SparseLayer, nn.Conv3d):
+    "`nn.Conv3d` with a sparse weight"
+    dense_type,plain_attributes,indirect = nn.Conv3d,_geometry,'as 2-D convolutions, one for each layer of the result'
+    def _prepare(self):
+        around = tuple(self._reversed_padding_repeated_twice)
+        known = self.padding_mode=='zeros' and around[::2]==around[1::2]
+        self.pad_first = (0,0,0,0,*around[4:])*any(around[4:]) if known else around
+        padding = (around[2],around[0]) if known else (0,0)
+        self.args = ConvArgs(self.kernel_size[1:], self.stride[1:], padding, self.dilation[1:], self.groups)
+
+# %% ../nbs/02_layers.ipynb #2aab4bb4
+def _slabs(x, k, stride, dilation)->Tensor: # (N·Do, C·k, H, W)
+    "The `k` layers of a volume (N, C, D, H, W) that make each layer of the result, as channels"
+    D = (x.shape[2] - dilation*(k-1) - 1)//stride + 1
+    if D<1: raise RuntimeError(f'volumes of depth {x.shape[2]}: expected at least {dilation*(k-1)+1}')
+    at = torch.arange(D, device=x.device)[:,None]*stride + torch.arange(k, device=x.device)*dilation
+    return x[:,:,at].transpose(1,2).flatten(2,3).flatten(0,1)
+
+# %% ../nbs/02_layers.ipynb #0244de01
+@patch
+def forward(self:SparseConv3d, x):
+    if self.left_behind is not None: self._check_copy()
+    if x.dim()==4: return self.forward(x[None])[0]
+    if x.dim()!=5: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (N, {self.in_channels}, D, H, W)')
+    x,a = self._padded(x),self.args
+    if not self.block_size:
+        return F.conv3d(x, self._revealed_weight(), self.bias, self.stride, (0,*a.padding), self.dilation, self.groups)
+    x,v,b = to_autocast(x, self.values, self.bias)
+    images = _slabs(x, self.kernel_size[0], self.stride[0], self.dilation[0])
+    y = block_conv2d(images, v, b, self, a, self.collect_key, self.checksum)
+    return y.unflatten(0, (len(x),-1)).transpose(1,2)
+
+# %% ../nbs/02_layers.ipynb #081374cb
+class SparseConvTranspose2d(SparseLayer, nn.ConvTranspose2d):
+    "`nn.ConvTranspose2d` with a sparse weight"
+    dense_type,plain_attributes,indirect = nn.ConvTranspose2d,_geometry,'as the input gradient of a 2-D convolution'
+    pad_first = ()
+    def _prepare(self): self.args = ConvArgs(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+
+class SparseConvTranspose1d(SparseLayer, nn.ConvTranspose1d):
+    "`nn.ConvTranspose1d` with a sparse weight"
+    dense_type,plain_attributes,indirect = nn.ConvTranspose1d,_geometry,SparseConvTranspose2d.indirect
+    pad_first = ()
+    def _prepare(self):
+        sizes = (1,*self.kernel_size),(1,*self.stride),(0,*self.padding),(1,*self.dilation)
+        self.args = ConvArgs(*sizes, self.groups)
+
+# %% ../nbs/02_layers.ipynb #0ed1e23b
+@patch
+def forward(self:SparseConvTranspose2d, x, output_size=None): return self._reverse(x, output_size, F.conv_transpose2d)
+
+@patch
+def forward(self:SparseConvTranspose1d, x, output_size=None): return self._reverse(x, output_size, F.conv_transpose1d)
+
+@patch
+def _reverse(self:SparseLayer, x, output_size, by_torch):
+    if self.left_behind is not None: self._check_copy()
+    n = len(self.kernel_size)
+    if x.dim()==n+1: return self._reverse(x[None], output_size, by_torch)[0]
+    sizes = list(map(list, (self.stride, self.padding, self.kernel_size)))
+    extra = self._output_padding(x, output_size, *sizes, n, list(self.dilation))
+    if not self.block_size:
+        more = self.stride, self.padding, extra, self.groups, self.dilation
+        return by_torch(x, self._revealed_weight(), self.bias, *more)
+    x,v,b = to_autocast(x, self.values, self.bias)
+    if n==1: x,extra = x.unsqueeze(-2),[0,*extra]
+    y = block_conv_transpose2d(x, v, b, self, self.args, extra, self.collect_key, self.checksum)
+    return y.squeeze(-2) if n==1 else y
 
 # %% ../nbs/02_layers.ipynb #9adb4512
 @patch
@@ -514,13 +623,33 @@ def _watch_own_gradient(self:SparseLayer):
     handle = self.values.register_post_accumulate_grad_hook(free)
 
 # %% ../nbs/02_layers.ipynb #e40ba344
-TWINS = {nn.Linear:SparseLinear, nn.Conv2d:SparseConv2d}   # type of torch -> its sparse twin
-for _t,_s in TWINS.items(): _s.dense_type,_s.base_twin = _t,_s
+TWINS = {o.dense_type:o for o in (SparseLinear, SparseConv2d, SparseConv1d, SparseConv3d, SparseConvTranspose1d,
+                                  SparseConvTranspose2d)}   # type of torch -> its sparse twin
 
+class SparseConv1D(SparseLayer):
+    "The linear layer of transformers' GPT-2, whose weight has a row per input, with a sparse weight"
+    plain_attributes = 'nf','nx'
+    @staticmethod
+    def in_rows(w): return w.t().contiguous()
+    def _as_weight(self, m): return m.t()
+
+@patch
+def forward(self:SparseConv1D, x):
+    if not self.block_size: return F.linear(x, self._revealed_weight().t(), self.bias)
+    if self.left_behind is not None: self._check_copy()
+    x,v,b = to_autocast(x, self.values, self.bias)
+    return block_linear(x, v, b, self, self.collect_key, self.checksum)
+
+for _s in (*TWINS.values(), SparseConv1D): _s.base_twin = _s
+
+# %% ../nbs/02_layers.ipynb #bf43168c
 @cache
 def _derived_twin(kind, base)->type:
-    "The sparse twin of a subclass"
-    return type(f'Sparse{kind.__name__}', (kind, base), dict(dense_type=kind, __module__=__name__))
+    "The sparse twin of a subclass, whose own `forward` is called, or of a type that is no subclass of torch's layers"
+    bases = (kind, base) if issubclass(kind, base.dense_type) else (base, kind)
+    return type(f'Sparse{kind.__name__}', bases, dict(dense_type=kind, __module__=__name__))
+
+def _is_conv1d_of_transformers(kind): return (kind.__module__, kind.__name__)==('transformers.pytorch_utils','Conv1D')
 
 def twin_class(
     m:nn.Module, # any
@@ -529,7 +658,8 @@ def twin_class(
     "The class of the sparse twin of a dense layer"
     kind = type(m)
     if kind in TWINS: return TWINS[kind]
-    if not also or not isinstance(m, tuple(also) if not isinstance(also, type) else also): return None
+    if _is_conv1d_of_transformers(kind): return _derived_twin(kind, SparseConv1D)
+    if not also or not isinstance(m, also if isinstance(also, type) else tuple(also)): return None
     base = next((TWINS[o] for o in kind.__mro__ if o in TWINS), None)
     return None if base is None or issubclass(kind, SparseLayer) else _derived_twin(kind, base)
 

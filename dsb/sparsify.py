@@ -61,7 +61,7 @@ def _candidates(
 
 # %% ../nbs/03_sparsify.ipynb #25f1f8ae
 _standard = {*vars(nn.Module()), *(k for o in (*TWINS.values(), SparseAttention) for k in o.plain_attributes),
-             '_qkv_same_embed_dim','bias_k','bias_v','weight_shape','shape','block_size','pad_first','args','pruning'}
+             'nf','nx','_qkv_same_embed_dim','bias_k','bias_v','weight_shape','shape','block_size','pad_first','args','pruning'}
 _sparse_tensors = 'values','rows','group_ptr','cols','flat','checksum'      # what sparse layers call their tensors
 _of_attention = *PROJECTIONS,'in_proj_weight','in_proj_bias','q_proj_weight','k_proj_weight','v_proj_weight'
 _tensors = {'weight','bias',*_sparse_tensors}
@@ -87,6 +87,8 @@ def _reason_to_stay(m, users:Counter, also=())->str: # '' if there is none
     "Why a candidate cannot become sparse whatever the budget"
     why = _weight_stays(m._parameters.get('weight'), users)
     if why and why!='frozen': return why
+    if any(e>=s for e,s in zip(getattr(m, 'output_padding', ()), getattr(m, 'stride', ()))):
+        return 'its output_padding is not less than its stride'
     taken = [k for k in _extras(m) if hasattr(twin_class(m, also).base_twin, k) or k in _sparse_tensors]
     return f'has something of its own called {taken[0]!r}' if taken else why
 

@@ -114,7 +114,8 @@ def test_original_options():
                ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
         defaults = {names[-1]: default for _, options in option_groups() for names, _, default, _ in options}
         for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
-            assert defaults.get(option, defaults.get('--learning-rate')) == getattr(c, field)
+            usual = defaults.get(option, defaults.get('--learning-rate'))
+            assert (usual[recipe] if isinstance(usual, dict) else usual) == getattr(c, field)
 
 @pytest.mark.parametrize('recipe, words', [
     ('cifar', '--data_set cifar10 --data_dir D --model wrn-22-2 --lr 0.1 --batch_size 128 --sparsity 0.9 --epochs 160 --T_end 75000 --T 100 --block_size 16'),
