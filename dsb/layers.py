@@ -483,9 +483,8 @@ def _load_from_state_dict(self:SparseLayer, sd, prefix, local_metadata, strict, 
     if new: self._is_current()
 
 # %% ../nbs/02_layers.ipynb #b8fde4c9
-_from_dense_model = ('holds a dense weight: load it into the dense model and sparsify that '
-                     '(dsb.sparsify(model, start="magnitude")), or gather it: '
-                     'layer.values.copy_(layer.structure.gather(weight))')
+_from_dense_model = ('holds a dense weight: model.load_state_dict(dsb.gathered(model, state)) takes what is active of '
+                     'it; or load it into the dense model and make that sparse: dsb.sparsify(model, start="magnitude")')
 _incomplete = ('values without {}: expected values and places of one model; a moving average is kept in step by '
                'follow=[model] of dsb.Updater')
 
@@ -795,6 +794,15 @@ def forward(self:SparseAttention, query, key, value, key_padding_mask=None, need
     elif not self.batch_first: y = y.transpose(0,1)
     if w is not None and average_attn_weights: w = w.mean(1)
     return self.out_proj(y), w if w is None or query.dim()==3 else w[0]
+
+# %% ../nbs/02_layers.ipynb #a424768e
+@patch
+def _load_from_state_dict(self:SparseAttention, sd, prefix, local_metadata, strict, missing, unexpected, errors):
+    closed = [k for k in sd if k.startswith(prefix) and k[len(prefix):] in _closed_names]
+    if closed: errors.append(f'{closed[0]} {_from_dense_model}')
+    nn.Module._load_from_state_dict(self, sd, prefix, local_metadata, strict, missing, unexpected, errors)
+
+_closed_names = 'in_proj_weight','in_proj_bias','q_proj_weight','k_proj_weight','v_proj_weight'
 
 # %% ../nbs/02_layers.ipynb #a85f4b61
 @patch
