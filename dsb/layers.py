@@ -483,8 +483,9 @@ def _load_from_state_dict(self:SparseLayer, sd, prefix, local_metadata, strict, 
     if new: self._is_current()
 
 # %% ../nbs/02_layers.ipynb #b8fde4c9
-_from_dense_model = ('holds a dense weight: model.load_state_dict(dsb.gathered(model, state)) takes what is active of '
-                     'it; or load it into the dense model and make that sparse: dsb.sparsify(model, start="magnitude")')
+_from_dense_model = ('holds a dense weight: load it into the dense model and make that sparse, '
+                     'dsb.sparsify(model, start="magnitude"); or take what is active of it, '
+                     'model.load_state_dict(dsb.gathered(model, state))')
 _incomplete = ('values without {}: expected values and places of one model; a moving average is kept in step by '
                'follow=[model] of dsb.Updater')
 
