@@ -183,12 +183,14 @@ def _method_options():
 # %% ../nbs/06_cli.ipynb #ccec0106
 def _update_options():
     return [
-        option('--T', "steps between two updates of the structure"),
+        option('--T', f"steps between two updates of the structure; default: {SETTINGS['T'].default}, or a fortieth "
+               "of the run if that is less"),
         option('--T_end', f"step at which updates end; default: {SETTINGS['T_end'].default} or three quarters of "
                "the run, whichever comes first"),
-        option('--initial_ratio', "weights at the start over those at the end: 3 begins with three times the "
-               "weights, never more than there are, and prunes the least at updates; 1: constant", 'R'),
-        option('--prune_end', "step by which that is done; default: half of the run"),
+        option('--initial_ratio', "weights at the start over those at the end: with 3, the default of dsb, a run "
+               "begins with three times the weights, never more than there are, and prunes the least at updates; "
+               "with 1, the default of the others and of --rule paper, their number is constant", 'R'),
+        option('--prune_end', "step by which pruning is done; default: half of the run"),
         option('--alpha', "share of the active weights to drop at the first update; falls to 0 along a cosine"),
         option('--rule', "of dsb: cover (default), columns, saliency, swap or paper, the published one"),
         option('--grow', "what growth goes by: gradient, norm (a bound that needs no dense gradient) or random; "

@@ -110,7 +110,7 @@ def test_original_options():
                          sparsity=.8, T_end=9, T=5, alpha=.2, block_size=8, data_set='cifar100', static_update='y')
     for recipe, epochs in ('cifar', 160), ('imagenet', 105):
         c = TrainConfig(**options_to_config({}, recipe))
-        assert (c.model, c.epochs, c.start_epoch, c.batch_size, c.lr, c.momentum, c.weight_decay, c.cuda, c.sparsity, c.T, c.alpha, c.block_size, c.data_set) == \
+        assert (c.model, c.epochs, c.start_epoch, c.batch_size, c.lr, c.momentum, c.weight_decay, c.cuda, c.sparsity, c.settled(391).T, c.alpha, c.block_size, c.data_set) == \
                ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
         defaults = {names[-1]: default for _, options in option_groups() for names, _, default, _ in options}
         for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
@@ -125,12 +125,13 @@ def test_original_options():
 def test_documented_commands(recipe, words):
     "The commands of the original's README, word by word"
     from dsb.cli import options_to_config, parse_options, train_parser
-    from dsb.training.config import TrainConfig, end_of_updates
+    from dsb.training.config import TrainConfig
     words = words.split()
     c = TrainConfig(**options_to_config(vars(parse_options(train_parser(recipe), words)), recipe))
     assert c.method == 'dsb' and c.recipe == recipe and c.epochs == {'cifar': 160, 'imagenet': 105}[recipe]
     for name, value in zip(words[::2], words[1::2]): assert str(getattr(c, name[2:])) == value
-    assert end_of_updates(c, 391) == c.T_end
+    settled = c.settled(391)
+    assert (settled.T, settled.T_end) == (c.T, c.T_end)
 
 def test_no_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
@@ -340,7 +341,7 @@ def test_show(run, capsys):
     (run/'masks.png').unlink()
     assert main(['show', str(run)]) == 0
     out = capsys.readouterr().out
-    assert 'lenet300-100 on digits: dsb, sparsity 0.9, blocks of 16, erk; seed 0, 1 of 1 epochs' in out and (run/'masks.png').exists()
+    assert 'lenet300-100 on digits: dsb, sparsity 0.9, blocks of 16, pruned from 3 times as many, erk; seed 0, 1 of 1 epochs' in out and (run/'masks.png').exists()
     assert 'no checkpoint at' in ends(capsys, 2, ['show', run/'nothing'])
 
 def test_export(run, capsys, tmp_path):

@@ -223,16 +223,35 @@ template<class X> static void unpack_nchw(const float* d, long plane, long HW, c
   for(int c=0; c<v.C; c++) if(!rows || rows[c]>=0) channel<false>(x+(rows?rows[c]:c)*HW, v, segs, (float*)d+c*plane); }
 ''')
 
+# %% ../../nbs/kernels/04_packing.ipynb #aa95863c
+cpp('tiles_of', 'dot2', r'''
+template<class X> struct Stored { typedef float type; };
+#if PAIRS
+template<> struct Stored<bf16> { typedef bf16 type; };
+#endif
+template<class X> using stored = typename Stored<X>::type;
+template<class D> constexpr int PX = 4/sizeof(D);             // numbers in the place of a float
+struct Tiles { int rows, cols;                                // row r of column k of K; both are powers of 2
+  long at(int r, long k, long K) const { return (r&-rows)*K + (k&-cols)*rows + (r&(rows-1))*cols + (k&(cols-1)); } };
+template<class D> INL Tiles forward_tiles(int B){ return {8, PX<D>}; }
+template<class D> INL Tiles input_tiles(int B){ return {PX<D> == 2 && B%16==0 ? 16 : 8, 1}; }
+''')
+
 # %% ../../nbs/kernels/04_packing.ipynb #4f0bb27e
-cpp('tiled', 'scratch structure bf16', r'''
-template<class X> static const float* tiled(const Str& s, const float* values, int T){   // weights as [group][8 rows][column][8], columns in kernel order
-  float* w=scratch.get(4, (long)s.ptr[s.G]*s.B);
+cpp('tiled', 'scratch structure tiles_of chunks', r'''
+template<class X> static const stored<X>* tiled(const Str& s, const float* values, Tiles tiles, int T){   // columns in kernel order
+  stored<X>* w=(stored<X>*)scratch.get(4, (long)s.ptr[s.G]*s.B);
   #pragma omp parallel for num_threads(T) schedule(static) if(T>1)
   for(int t=0; t<s.G; t++){
-    const long k0=s.ptr[t], K=s.ptr[t+1]-k0; float* wt=w+k0*s.B;
+    const long k0=s.ptr[t], K=s.ptr[t+1]-k0; stored<X>* wt=w+k0*s.B;
     for(long k=0; k<K; k++){
       const float* v=values+(s.order ? (long)s.order[k0+k] : k0+k)*s.B;
-      for(int r=0; r<s.B; r+=8) for(int i=0; i<8; i++) wt[r*K+k*8+i]=(X)v[r+i]; } }
+      X row[64];
+      if(sizeof(X)==2) chunks(s.B, [&](int r, auto n){ storen(row+r, loadn(v+r, n), n); });
+      for(int r=0; r<s.B; r+=8){
+        stored<X>* o=wt+tiles.at(r,k,K);
+        if constexpr(sizeof(X)==4) memcpy(o, v+r, 32);
+        else for(int i=0; i<8; i++) o[i*tiles.cols]=row[r+i]; } } }
   return w; }
 ''')
 
@@ -251,12 +270,12 @@ static View output_view(const Geo& g, int nv, int C){ return {(long)g.O*g.Ho*g.W
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #a999c99a
-cpp('pack_input', 'input_segments views unit scratch structure pack_cl pack_nchw', r'''
-template<class X> static const float* pack_input(const Geo& g, const Str& s, const Unit& u, const X* x, const Affine* f){
+cpp('pack_input', 'input_segments views unit scratch structure pack_cl pack_nchw tiles_of', r'''
+template<class X> static const stored<X>* pack_input(const Geo& g, const Str& s, const Unit& u, const X* x, const Affine* f){
   x += (long)u.b*g.nb*g.C*g.H*g.W;
-  if(g.direct) return (const float*)x;
-  float* xs=scratch.get(0, (long)g.plane*g.C);
-  if(scratch.fresh(0, g, u.h0, u.h1)) memset(xs, 0, 4L*g.plane*g.C);
+  if(g.direct) return (const stored<X>*)x;
+  stored<X>* xs=(stored<X>*)scratch.get(0, (long)g.plane*g.C);
+  if(scratch.fresh(0, g, u.h0, u.h1)) memset(xs, 0, (long)sizeof *xs*g.plane*g.C);
   std::vector<Seg> segs; input_segments(g, s.phase, u.h0, u.h1+g.halo, segs);
   if(g.cl) pack_cl(x, input_view(g,u.nv), segs, xs, g.plane, f);
   else     pack_nchw(x, (long)g.H*g.W, input_view(g,u.nv), nullptr, segs, xs, g.plane);

@@ -56,16 +56,17 @@ INL vec where_positive(vec z, vec v){ return z<=0 ? vec{} : v; }
 cpp('halves', 'vectors', r'''
 typedef uint16_t hvec __attribute__((vector_size(2*V), may_alias));
 typedef uint32_t wvec __attribute__((vector_size(4*V), may_alias));
-INL wvec round_up(wvec u){ return u+0x7fff+(u>>16&1); }       // what is cut off afterwards was at most a half
-INL vec widen(hvec h){
+template<class U> INL U round_up(U u){ return u+0x7fff+(u>>16&1); }   // what is cut off afterwards was at most a half
+INL wvec extend(hvec h){                                      // the same bits, zeros above them
 #if defined(__AVX512F__)
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+  return (wvec)_mm512_cvtepu16_epi32((__m256i)h);
 #elif defined(__AVX2__)
-  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+  return (wvec)_mm256_cvtepu16_epi32((__m128i)h);
 #else
-  return (vec)(__builtin_convertvector(h, wvec)<<16);
+  return __builtin_convertvector(h, wvec);
 #endif
 }
+INL vec widen(hvec h){ return (vec)(extend(h)<<16); }
 INL hvec narrow(vec v){
 #if defined(__AVX512BF16__)
   return (hvec)_mm512_cvtneps_pbh((__m512)v);
@@ -86,7 +87,7 @@ INL hvec narrow(vec v){
 cpp('bf16', 'halves', r'''
 struct bf16 { uint16_t bits;
   bf16()=default;
-  bf16(float f){ hvec h=narrow(vec{}+f); bits=h[0]; }
+  bf16(float f){ uint32_t u; memcpy(&u, &f, 4); bits=(f!=f ? u|0x400000 : round_up(u))>>16; }
   operator float() const { const uint32_t u=(uint32_t)bits<<16; float f; memcpy(&f, &u, 4); return f; } };
 INL vec  load(const bf16* p){ hvec h; memcpy(&h, p, sizeof h); return widen(h); }
 INL void store(bf16* p, vec v){ const hvec h=narrow(v); memcpy(p, &h, sizeof h); }
@@ -123,6 +124,24 @@ template<class X> INL vec loadn(const X* p, int n){ X b[V]={}; memcpy(b, p, size
 template<class X> INL void storen(X* p, vec v, Full){ store(p, v); }
 template<class X> INL void storen(X* p, vec v, int n){ X b[V]; store(b, v); memcpy(p, b, sizeof(X)*n); }
 template<class F> INL void chunks(int C, F f){ int c=0; for(; c+V<=C; c+=V) f(c, Full()); if(c<C) f(c, C-c); }
+''')
+
+# %% ../../nbs/kernels/03_vectors.ipynb #80ed0fc7
+cpp('dot2', 'bf16', r'''
+#if defined(__AVX512BF16__) || defined(DSB_PAIRS)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+#if defined(__AVX512BF16__)
+INL vec dot2(vec z, wvec a, wvec b){ return (vec)_mm512_dpbf16_ps((__m512)z, (__m512bh)a, (__m512bh)b); }
+#else
+INL vec flushed(vec v){ return (vec)((wvec)v&0x7f800000u)==0 ? (vec)((wvec)v&0x80000000u) : v; }
+INL vec add_product(vec z, wvec a, wvec b){ return flushed(z+flushed((vec)a)*flushed((vec)b)); }
+INL vec dot2(vec z, wvec a, wvec b){
+  z = add_product(flushed(z), a&0xffff0000u, b&0xffff0000u);
+  return add_product(z, a<<16, b<<16); }
+#endif
 ''')
 
 # %% ../../nbs/kernels/03_vectors.ipynb #d282476c

@@ -19,10 +19,11 @@ class Method(NamedTuple):
     start:str   # places that start active: 'cover', 'magnitude' or 'random'; None: all
     twin:str    # the method that moves where this one stays, or stays where it moves
     says:str    # in a few words
+    ratio:float=1. # weights at the start over those at the end
 
 # %% ../../nbs/structure/05_methods.ipynb #951c1995
 METHODS = {
-    'dsb':         Method(True,  'gradient', 'cover',     'ssb',    'shuffled blocks that move'),
+    'dsb':         Method(True,  'gradient', 'cover',     'ssb',    'shuffled blocks that move', 3.),
     'ssb':         Method(True,  None,       'magnitude', 'dsb',    'shuffled blocks that stay'),
     'rigl':        Method(False, 'gradient', 'random',    'static', 'single entries that move to large gradients'),
     'set':         Method(False, 'random',   'random',    'static', 'single entries that move to random places'),
@@ -55,7 +56,7 @@ SETTINGS = dict(
                        lambda v: is_whole(v) and (v==0 or 2<=v<=256)),
     T=Setting(100, 'a whole number of steps, at least 1', lambda v: is_whole(v) and v>=1),
     T_end=Setting(75000, 'the step at which updates end, at least 1', lambda v: is_whole(v) and v>=1),
-    initial_ratio=Setting(1., 'weights at the start over those at the end, at least 1',
+    initial_ratio=Setting(1., 'weights at the start over those at the end, a number of at least 1',
                           lambda v: is_real(v) and 1<=v<inf),
     prune_end=Setting(None, 'the step by which pruning is done, at least 1, or None',
                       lambda v: v is None or is_whole(v) and v>=1),

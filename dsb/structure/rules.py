@@ -290,7 +290,7 @@ def paper(
     norms = column_norms(_scores_after(w, drop, grown), rows, B)
     return Change(cut_blocks(norms, rows, s.n_blocks, B, s.shape, _n_short(s)), drop, int(planned.sum()), grown)
 
-paper.keeps,paper.start = 'entries','magnitude'
+paper.keeps,paper.start,paper.ratio = 'entries','magnitude',1.
 
 # %% ../../nbs/structure/06_rules.ipynb #c80236d7
 def _withering(

@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from ..core import markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..structure.methods import DENSE, METHODS, ignored
-from .config import TrainConfig, check_types
+from .config import OPEN, TrainConfig, check_types
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import INK, NEW, SOFT, figure, plain_axes
@@ -119,7 +119,7 @@ def make_run(
     try:
         check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
-        pruned = (values | point).get('initial_ratio', DEFAULTS['initial_ratio']) > 1
+        pruned = (values | point).get('initial_ratio', METHODS[method].ratio) > 1
         point = {k: v for k, v in point.items() if k not in ignored(method, pruned)}
         c = TrainConfig(**values | point)
     except ValueError as e:
@@ -368,8 +368,7 @@ class Sweep:
 # %% ../../nbs/training/09_sweep.ipynb #4ef7e777
 def _agree(run, there, where, remedy):
     "Raise if `there`, as `differs` gives it, is not the config of `run`"
-    here, free = differs(asdict(run.config)), {*MAY_CHANGE}
-    if run.config.T_end is None: free.add('T_end')
+    here, free = differs(asdict(run.config)), {*MAY_CHANGE, *(k for k in OPEN if getattr(run.config, k) is None)}
     for k in sorted((here.keys() | there.keys()) - free):
         a, b = (d.get(k, DEFAULTS.get(k)) for d in (there, here))
         if a != b: raise ValueError(f"{run}: {where} has this run with {k}={a!r}, now it is {k}={b!r}; {remedy}")

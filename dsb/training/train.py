@@ -23,8 +23,7 @@ from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
-from .config import (RECIPES, TrainConfig, end_of_pruning, end_of_updates, lr_at, make_optimizer,
-                                 state_copies)
+from .config import RECIPES, TrainConfig, lr_at, make_optimizer, state_copies
 from .data import dataset_info, load_data
 from .folder import (DATA_SHAPE, FORMAT, Claim, Diverged, Interrupted, Signals, holding, load_checkpoint,
                                  numbered, one_line, save_whole)
@@ -97,7 +96,7 @@ def _usual_start(config):
 
 # %% ../../nbs/training/08_train.ipynb #b8000c5d
 def build_model(
-    config:TrainConfig, # gives model, method, sparsity, seed and start; `start` None: the method's or the rule's own
+    config:TrainConfig, # `start` None: the method's or the rule's own; `initial_ratio` None: 1
     shape:dict=None, # `num_classes`, `image_size`, `in_channels`; None: those of the data set
 )->nn.Module: # on the CPU
     "The network of a run with its first structure, decided by the seed"
@@ -108,7 +107,7 @@ def build_model(
     if c.method in DENSE: return model
     g, start = torch.Generator().manual_seed(c.seed), c.start or _usual_start(c)
     return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start,
-                    initial_ratio=c.initial_ratio)
+                    initial_ratio=c.initial_ratio or 1)
 
 # %% ../../nbs/training/08_train.ipynb #f3d41db1
 class Trainer:
@@ -145,9 +144,7 @@ def _prepare(self:Trainer, data):
     d = data or self._load_data()
     self.data, self.steps_per_epoch, self.n_val = d, d.steps_per_epoch, getattr(d, 'n_val', 0)
     self.shape = dict(num_classes=d.num_classes, image_size=d.image_size, in_channels=d.channels)
-    ends = dict(T_end=end_of_updates(self.config, d.steps_per_epoch),
-                prune_end=end_of_pruning(self.config, d.steps_per_epoch))
-    self.config = replace(self.config, **ends)
+    self.config = self.config.settled(d.steps_per_epoch)
     self._build()
     self._begin()
 
@@ -521,6 +518,14 @@ def _same_structure(self:Trainer):
     low, high = (int(_over_ranks(torch.tensor(own, device=self.device), op)) for op in ('MIN', 'MAX'))
     if low != high: raise RuntimeError(f"the masks of the {self.world} processes differ after epoch {self.epoch+1}")
 
+# %% ../../nbs/training/08_train.ipynb #8da582be
+@patch
+def _better(self:Trainer, acc):
+    "Is the epoch that has just ended, with accuracy `acc`, better than the best before?"
+    weights = {r['epoch']: r['density'] for r in self.history}
+    best, now = weights.get(self.best['epoch'], math.inf), self.history[-1]['density']
+    return now < best or (now == best and acc > self.best['acc'])
+
 # %% ../../nbs/training/08_train.ipynb #3885f7ac
 @patch
 def close_epoch(self:Trainer):
@@ -532,7 +537,7 @@ def close_epoch(self:Trainer):
     self.epoch, self.batch = self.epoch+1, 0
     self._new_epoch()
     acc = evaluations[f'{self.judge}_acc']
-    better = due and acc > self.best['acc']
+    better = due and self._better(acc)
     if better: self.best = dict(acc=acc, epoch=self.epoch)
     self.save(better)
     if self.verbose: self._tell(self._epoch_line())
