@@ -6,9 +6,10 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
            'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'gathered', 'summary', 'sparse_layers', 'Updater',
-           'speed_up', 'fuse', 'unfuse', 'tune']
+           'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
 
 # %% ../nbs/07_init.ipynb #1110a1fa
+import dsb.core                     # first: it says what is missing
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured
 from .structure.extract import extract_blocks
 from .structure.density import budgets
@@ -19,8 +20,11 @@ from .sparsify import sparsify, densify, gathered, summary, sparse_layers
 from .topology import Updater
 from .fuse import fuse, unfuse
 from .training.tune import speed_up, tune
+from .production.fold import fold
+from .production.files import load, save
+from .production.serve import for_inference
 
 # %% ../nbs/07_init.ipynb #07bce986
 _all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction',
          'backend', 'backends', 'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'gathered', 'summary',
-         'sparse_layers', 'Updater', 'speed_up', 'fuse', 'unfuse', 'tune']
+         'sparse_layers', 'Updater', 'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']

@@ -21,11 +21,17 @@ def fail(
     message,      # anything with a text; becomes one line
     status:int=2, # exit status
 ):
-    "Print `message` on one line of stderr and end with `status`"
+    "Print `message` on one line of stderr and end with `status`; of several processes, only the first one speaks"
     rank = os.environ.get('RANK', '0')
     who = '' if rank == '0' else f'process {rank}: '
-    say(f"dsb: error: {who}{' '.join(str(message).split())}")
+    if _is_first(): say(f"dsb: error: {who}{' '.join(str(message).split())}")
     raise SystemExit(status)
+
+def _is_first():
+    "Is this the first process that fails, of those that torchrun started?"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return True
+    from dsb.training.train import tell_failure
+    return tell_failure()
 
 # %% ../nbs/06_cli.ipynb #e2a63e6e
 class Parser(argparse.ArgumentParser):
@@ -205,6 +211,8 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
+        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
+               "BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR', default={k: r.lr for k, r in RECIPES.items()}),
         option('--momentum', "momentum of SGD, first rate of AdamW", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only", 'W',
@@ -221,7 +229,10 @@ def _training_options():
 def _run_options():
     return [
         option('--out', "folder of the run; default runs/DATA-MODEL-METHOD-...", 'DIR'),
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=''),
+        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=None),
+        option('--save_every', "write a checkpoint every N steps, also within an epoch; 0: every ten minutes"),
+        option('--keep', "checkpoints to keep before the last one, to go back to where that is damaged"),
+        option('--on_nan', "at a loss or a gradient that is no number: stop, or skip the step", 'HOW'),
         option('--device', _or(CHOICES['device'])),
         option('--cuda', "which GPU", 'N', type=str),
         option('--workers', "processes that read image files; default: one per core, as far as useful"),
@@ -324,6 +335,7 @@ def continued(
     "The trainer of a run that goes on"
     from dsb.training.folder import load_checkpoint
     from dsb.training.train import MAY_CHANGE, Trainer
+    if not given['resume']: raise ValueError("--resume names nothing: give the folder of a run, or a checkpoint in it")
     path, ck = load_checkpoint(given['resume'])
     changes = {k: v for k, v in given.items() if k in MAY_CHANGE}
     if 'cuda' in changes: changes['cuda'] = _gpu(changes['cuda'])
@@ -338,12 +350,13 @@ def continued(
 def _ready(given, recipe):
     "The trainer that the options ask for, or one line and status 2"
     try:
-        from dsb.training.folder import Diverged
+        from dsb.training.folder import Diverged, Trouble
         from dsb.training.train import Trainer
-        if given.get('resume'): return continued(given)
+        if given.get('out') == '': raise ValueError("--out names nothing: give a folder, or leave it out")
+        if 'resume' in given: return continued(given)
         config, out = TrainConfig(**options_to_config(given, recipe)), given.get('out')
         return Trainer(config, out or default_out(config), another=not out)
-    except ValueError as e: fail(e)
+    except (ValueError, Trouble) as e: fail(e)
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
 # %% ../nbs/06_cli.ipynb #9f12a7be
@@ -389,7 +402,7 @@ def _outcome(r, out):
 def _train(t, keep):
     "Fit, and say how it went; keep freed memory?"
     from dsb.training.data import DataError
-    from dsb.training.folder import Diverged, InUse, Interrupted
+    from dsb.training.folder import Diverged, InUse, Interrupted, Trouble
     from dsb.training.train import leave_group
     from dsb.training.tune import tune
     def tell(line):
@@ -400,7 +413,8 @@ def _train(t, keep):
     try: r = t.fit()
     except Interrupted as e: e.args = (f"{e}; saved, continue with --resume {shlex.quote(str(t.out))}",); raise
     except Diverged as e: fail(e, 1)
-    except (DataError, InUse) as e: fail(e)
+    except DataError as e: fail(f"{e}; continue with --resume" if t.step and t.out else e)
+    except (InUse, Trouble) as e: fail(e)
     leave_group()
     tell(_outcome(r, t.out))
     return 0
@@ -457,6 +471,16 @@ def _run_table(head, ck):
     chosen = [f"best epoch by {by} accuracy: {best}"] if best else []
     return '\n'.join([head, '', names, *(_run_row(r, best, pruned) for r in shown), *chosen, ''])
 
+# %% ../nbs/06_cli.ipynb #18d74e8d
+def _megabytes(n): return f"{n/1e6:.3g} MB"
+
+def _weighs(model):
+    "What an export of a model would weigh"
+    from dsb.production.files import weights_bytes
+    compact, dense = map(_megabytes, weights_bytes(model))
+    small = f"{compact} with --format safetensors, " if compact != dense else ''
+    return f"dsb export: {small}{dense} dense"
+
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
     "What is to be said of a run; its pictures are drawn on the way"
@@ -465,7 +489,7 @@ def _shown(run, ck):
     try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
     except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
     head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
-    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), drawn])
+    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), _weighs(model), drawn])
 
 # %% ../nbs/06_cli.ipynb #ecf975a1
 def _run_parser(name, about):
@@ -474,60 +498,92 @@ def _run_parser(name, about):
     return p
 
 # %% ../nbs/06_cli.ipynb #abe082cd
+def _show_parser():
+    p = _run_parser('show', show_command.__doc__)
+    p.add_argument('--html', nargs='?', const='', metavar='FILE', help='also write the run as one page that opens '
+                   'without a network; default report.html in the folder of the run')
+    return p
+
 def show_command(
     argv:list, # the words after `dsb show`
 )->int:        # exit status
     "Print a run's epochs and layers; draw its pictures anew"
-    args = parse_options(_run_parser('show', show_command.__doc__), argv)
+    args = parse_options(_show_parser(), argv)
     try:
         from dsb.training.folder import load_checkpoint, one_line
         path, ck = load_checkpoint(args.run)
         with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
+        page = '' if args.html is None else _page(path.parent, ck, args.html)
     except ValueError as e: fail(e)
-    print(shown)
+    print(shown + page)
     return 0
 
+def _page(run, ck, file):
+    "Write the page of a run; a line that says where"
+    from dsb.training.report import write_report
+    return f'\npage: {write_report(run, ck, file or None)}'
+
 # %% ../nbs/06_cli.ipynb #d74b1e90
-def _export(ck, out):
-    "Write the network of a checkpoint as a dense one"
-    from dsb.sparsify import densify
-    from dsb.training.folder import make_folder, save_whole
+def _export(ck, out, format, folded):
+    "Write the network of a checkpoint: what is written beside it, and how far its outputs are"
+    from dsb.production.fold import fold
+    from dsb.production.formats import about_run, export, random_images
+    from dsb.training.folder import make_folder
     from dsb.training.train import restored
-    weights = densify(restored(ck)).state_dict()
+    about, model = about_run(ck), restored(ck)
     make_folder(out.parent)
-    save_whole(weights, out)
+    if folded: model = fold(model)
+    return about, export(model, out, format, random_images(about['network']), **about)
 
 # %% ../nbs/06_cli.ipynb #9dfde63b
-def _loading(ck, out):
-    "Lines of Python that load the exported network"
-    from dsb.training.train import saved_shape, width_of
-    shape = saved_shape(ck)
-    width = width_of(TrainConfig(**ck['config']), shape)
-    if width != 1: shape |= dict(width=width)
-    options = ''.join(f', {k}={v}' for k, v in shape.items())
-    return ('import torch\nfrom dsb.training.models import create_model\n'
-            f"model = create_model({ck['config']['model']!r}{options})\n"
-            f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))")
+def _size(path):
+    "Bytes of a file, or of all files of a folder"
+    return sum(o.stat().st_size for o in ([path] if path.is_file() else path.iterdir()))
+
+def _loading(out, format, folded, about, far):
+    "Lines of Python that load what was written to `out`"
+    from dsb.production.formats import images_line, loading_lines
+    same = f"outputs within {far:.0e} of the run's" if far else "the same outputs as the run's"
+    if far is None: same = 'not compared: onnxruntime is not there'
+    lines = [f"# {_megabytes(_size(out))}; {same}", images_line(**about)]
+    return '\n'.join([*lines, *loading_lines(format, out, about['network'], folded)])
 
 # %% ../nbs/06_cli.ipynb #c3fee8e6
+def _export_parser():
+    from dsb.production.formats import FORMATS
+    p = _run_parser('export', export_command.__doc__)
+    what = '; '.join(f'{k}: {f.what}' for k, f in FORMATS.items())
+    p.add_argument('--format', metavar='NAME', default='dense', help=f'{what} (default dense)')
+    p.add_argument('--out', metavar='FILE', help='where to write; default: a file in the folder of the run. For '
+                   'safetensors also a folder, which gets config.json and model.safetensors')
+    p.add_argument('--fold', action='store_true', help='make BatchNorm part of the layers, as onnx and torch.export do')
+    return p
+
+def _export_to(args, run):
+    "Where to write"
+    from dsb.core import one_of
+    from dsb.production.formats import FORMATS
+    out = Path(args.out or run/FORMATS[one_of(args.format, FORMATS, 'format')].file)
+    if args.format != 'safetensors' and os.path.isdir(out):
+        raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
+    return out
+
+# %% ../nbs/06_cli.ipynb #ab0cb861
 def export_command(
     argv:list, # the words after `dsb export`
 )->int:        # exit status
-    "Write the best weights of a run as the plain state dict of a dense model"
-    p = _run_parser('export', export_command.__doc__)
-    p.add_argument('--out', metavar='FILE', help='where to write; default dense.pt in the folder of the run')
-    args = parse_options(p, argv)
+    "Write the best weights of a run for others to use, and print the lines that load them"
+    args = parse_options(_export_parser(), argv)
     try:
         from dsb.training.folder import load_checkpoint, one_line
         best = Path(args.run)/'best.pt'
         path, ck = load_checkpoint(best if os.path.exists(best) else args.run)
-        out = Path(args.out or path.parent/'dense.pt')
-        if os.path.isdir(out): raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
-        with one_line(f"{path} cannot be exported"): _export(ck, out)
+        out = _export_to(args, path.parent)
+        with one_line(f"{path} cannot be exported"): about, far = _export(ck, out, args.format, args.fold)
     except ValueError as e: fail(e)
     chosen = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
     print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}{chosen}. To load it:")
-    print(textwrap.indent(_loading(ck, out), '  '))
+    print(textwrap.indent(_loading(out, args.format, args.fold, about, far), '  '))
     return 0
 
 # %% ../nbs/06_cli.ipynb #9d1ef9c7
@@ -622,7 +678,7 @@ def _commands():
     return dict(
         train=(train, 'train a network, or continue a run; the same as main.py'),
         show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
-        export=(export_command, 'write the best weights of a run for ordinary dense layers'),
+        export=(export_command, 'write the best weights of a run for others: dense, compact, ONNX and more'),
         sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),
         bench=(bench_command, 'time layers and training steps against dense, and updates'))
 
@@ -646,4 +702,4 @@ def main(
 
 # %% ../nbs/06_cli.ipynb #40048fa2
 #| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())

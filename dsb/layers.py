@@ -17,8 +17,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
-from .ops import (autocasts, structure_of, block_linear, block_conv2d, block_conv_transpose2d, revealed,
-                     set_collector)
+from .ops import (autocasts, structure_of, renew_kept, block_linear, block_conv2d, block_conv_transpose2d,
+                     revealed, set_collector)
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -102,11 +102,13 @@ class SparseLinear(SparseLayer, nn.Linear):
         self.reset_parameters()
 
 # %% ../nbs/02_layers.ipynb #a9d8ab3d
+@patch
+def _places(self:SparseLayer)->tuple: return (self.rows, self.group_ptr, self.cols) if self.block_size else (self.flat,)
+
 @patch(as_prop=True)
 def structure(self:SparseLayer)->Structure:
     "Which weights are active: a copy, checked against the buffers at every use"
-    tensors = (self.rows, self.group_ptr, self.cols) if self.block_size else (self.flat,)
-    return structure_of(tensors, self.block_size, self.shape, self.groups, self.checksum)
+    return structure_of(self._places(), self.block_size, self.shape, self.groups, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #682f8836
 @patch
@@ -458,8 +460,9 @@ def _make_room(self:SparseLayer,
 # %% ../nbs/02_layers.ipynb #ec39f687
 @patch
 def _is_current(self:SparseLayer):
-    "Values and structure are of one moment"
+    "Values and structure are of one moment, and so are the tables that a backend made of the structure"
     if self.left_behind is not None: self.left_behind = None
+    if self.block_size: renew_kept(self._places(), self.block_size, self.shape, self.groups, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #eec5aca6
 @patch
@@ -590,6 +593,12 @@ def _fingerprint(
     "A number that other contents would not have"
     bits = t.detach().contiguous().view(_same_bits[t.element_size()]).view(-1).long()
     return mix_bits(bits + mix_bits(torch.arange(len(bits), device=t.device))).sum()
+
+# %% ../nbs/02_layers.ipynb #4366a8e4
+@patch
+def copies(self:SparseLayer)->list:
+    "Deep copies of the layer, and what it was copied from, as far as they are still there"
+    return [o for o in (self._kin or ()) if o is not self]
 
 # %% ../nbs/02_layers.ipynb #c5951529
 @patch

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
-           'sometimes_dense', 'structure_of', 'recall', 'operator', 'set_collector', 'revealed', 'norm_bound',
-           'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts', 'block_linear',
-           'conv_args', 'block_conv2d', 'block_conv_transpose2d']
+           'sometimes_dense', 'structure_of', 'recall', 'renew_kept', 'operator', 'set_collector', 'revealed',
+           'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts',
+           'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
-import importlib, importlib.util, math, warnings, weakref
+import importlib, importlib.util, math, sys, warnings, weakref
 import torch
 import torch.nn.functional as F
 from functools import cache
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from torch.nn.parameter import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure.blocks import ShuffledBlocks, Structure, Unstructured
@@ -187,6 +188,15 @@ def unchanged(
     if self.versions!=[0 if o.is_inference() else o._version for o in tensors]: return False
     return all(o.data_ptr()==a.data_ptr() and o.shape==a.shape for o,a in zip(tensors, self.alias))
 
+# %% ../nbs/01_ops.ipynb #543034ca
+def _hand_on(old, new):
+    "Let what is kept with a structure follow its successor"
+    tensors = [list(s.state().values()) for s in (old,new)]
+    if any(o.shape!=n.shape for o,n in zip(*tensors)): return
+    if tensors[1][-1].is_cuda and torch.cuda.is_current_stream_capturing(): return
+    for k,o in old.cache.items():
+        if hasattr(o, 'renew'): new.cache[k] = o.renew(new)
+
 # %% ../nbs/01_ops.ipynb #c8592ce7
 def structure_of(
     tensors:tuple,  # those of the structure: rows, group_ptr, cols, or flat
@@ -198,7 +208,10 @@ def structure_of(
     "The structure that these tensors form; the same object until they change"
     known,what = _seen.get(id(tensors[-1])),(block_size,shape,groups)
     if known is None or not known.holds(tensors, what):
-        known = _seen[id(tensors[-1])] = _Known(tensors, _checked_copy(tensors, *what, checksum), what)
+        new = _Known(tensors, _checked_copy(tensors, *what, checksum), what)
+        same = known is not None and known.ref() is tensors[-1] and known.what==what
+        if same: _hand_on(known.structure, new.structure)
+        known = _seen[id(tensors[-1])] = new
     return known.structure
 
 # %% ../nbs/01_ops.ipynb #4edb3797
@@ -229,6 +242,15 @@ def recall(
     if same: return known.structure
     return structure_of(tensors, block_size, shape, groups, checksum)
 
+# %% ../nbs/01_ops.ipynb #653d50e8
+def renew_kept(
+    tensors:tuple, block_size:int, shape:tuple, groups:int=1, checksum:Tensor=None, # as in `structure_of`
+):
+    "After other places were written into the tensors: rewrite the tables kept with their structure, if any"
+    known = _seen.get(id(tensors[-1]))
+    if known is None or not any(hasattr(o, 'renew') for o in known.structure.cache.values()): return
+    structure_of(tensors, block_size, shape, groups, checksum)
+
 # %% ../nbs/01_ops.ipynb #9f81879c
 _ordinary = {Tensor, Parameter, int, type(None)}
 
@@ -245,6 +267,8 @@ def _autograd_function(name, **parts):
 def _no_derivative(ctx, *grads):
     raise RuntimeError('an operator with first derivatives only: expected no derivative of a gradient')
 
+_formulas = {}   # operator of torch -> how to count its FLOPs
+
 class _Operator:
     "A function, its registered operator, and the same as a `torch.autograd.Function`: for functorch, and in short"
     def __init__(self, name, f):
@@ -258,7 +282,9 @@ class _Operator:
         self.function = _autograd_function(self.f.__name__, forward=self.f, setup_context=setup_context,
                                            backward=backward, vmap=vmap)
     def __call__(self, *args):
-        if not _unwatched(*args[:2]): return self.op(*args)
+        if not _unwatched(*args[:2]):
+            if _formulas and not torch.compiler.is_compiling(): _tell_counters()
+            return self.op(*args)
         if torch._C._are_functorch_transforms_active(): return self.function.apply(*args)
         if self.short and torch.is_grad_enabled(): return self.short.apply(*map(_bare, args))
         return self.f(*map(_bare, args))
@@ -646,3 +672,32 @@ def block_conv_transpose2d(
     like = _empty_like(x, (len(x), s.shape[1]//math.prod(a.kernel_size)*a.groups, *size))
     y = _conv2d_backward(x, like, values, *tensors, checksum, s.block_size, *s.shape, *a, key, chosen(), True, False)[0]
     return y if bias is None else y + bias.view(-1,1,1)
+
+# %% ../nbs/01_ops.ipynb #4f627151
+def _counts(*ops):
+    "Decorator: how to count the FLOPs of operators"
+    def note(f):
+        for o in ops: _formulas[getattr(torch.ops.dsb, o)] = f
+        return f
+    return note
+
+def _tell_counters():
+    "Give torch's FLOP counter, and those at work, our formulas"
+    counter = sys.modules.get('torch.utils.flop_counter')
+    if counter is None: return
+    tables = (getattr(getattr(m, 'counter', None), 'flop_registry', None) for m in _get_current_dispatch_mode_stack())
+    for table in (counter.flop_registry, *tables):
+        if table is not None: table.update(_formulas)
+
+# %% ../nbs/01_ops.ipynb #34bd6a1f
+@_counts('linear', 'conv2d')
+def _(x, values, *args, out_val): return 2*values.numel()*(out_val.numel()//out_val.shape[1])
+
+@_counts('linear_backward', 'conv2d_backward')
+def _(dy, x, values, rows, group_ptr, cols, checksum, B, O, K, *args, out_val):
+    key,backend,need_x,need_values = args[-4:]
+    f,positions = _collectors.get(key) if need_values else None,dy.numel()//O
+    compact = need_values and compact_wanted(key, x, values)
+    n = 2*positions*values.numel()*(need_x + compact)
+    if f is None or getattr(f, 'counting', False) or getattr(f, 'norms', False): return n
+    return n + 2*O*K*positions*images_wanted(f, len(dy))//max(1, len(dy))

@@ -12,8 +12,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fastcore.basics import patch
+from time import perf_counter
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets, initial_budgets
@@ -347,6 +349,9 @@ class Row:
     computed:str='dense' # backend that computes it
     note:str=''    # why it is dense, or why not on the fast backend
     numbers:str='' # what it computes in, such as 'bfloat16 by autocast'
+    bytes:int=0    # of its parameters and of its structure
+    flops:int=None # of a forward pass; None where it was not seen
+    ms:float=None  # milliseconds of a forward pass; None where it was not seen
     @property
     def density(self)->float: return self.active/self.size
 
@@ -414,13 +419,55 @@ class Summary:
     @property
     def density(self)->float: return self.active/max(self.size,1)
 
+# %% ../nbs/03_sparsify.ipynb #cd941f93
+@contextmanager
+def _metered(layers, reading):
+    "A dict that gets, name by name, what a reading grows by while the layer computes"
+    sums,begun,hooks = {},{},[]
+    def before(name): begun[name] = reading()
+    def after(name): sums[name] = sums.get(name, 0)+reading()-begun[name]
+    for name,m in layers.items():
+        hooks.append(m.register_forward_pre_hook(lambda *_, n=name: before(n)))
+        hooks.append(m.register_forward_hook(lambda *_, n=name: after(n)))
+    try: yield sums
+    finally:
+        for h in hooks: h.remove()
+
+# %% ../nbs/03_sparsify.ipynb #bc086311
+def _clock(device):
+    "Milliseconds, when a device has done what it was given"
+    if device.type=='cuda': torch.cuda.synchronize(device)
+    return 1e3*perf_counter()
+
+@torch.no_grad()
+def _costs(model, x, layers)->dict:
+    "Name -> (FLOPs, ms) of each layer that `model(*x)` calls, the model as in evaluation"
+    from torch.utils.flop_counter import FlopCounterMode
+    was,device = {m:m.training for m in model.modules()},next(model.parameters()).device
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter, _metered(layers, counter.get_total_flops) as flops: model(*x)
+        times = []
+        for _ in range(3):
+            with _metered(layers, lambda: _clock(device)) as ms: model(*x)
+            times.append(ms)
+    finally:
+        for m,t in was.items(): m.training = t
+    return {n:(flops[n], min(o[n] for o in times)) for n in flops}
+
 # %% ../nbs/03_sparsify.ipynb #5d954071
 def summary(
     model:nn.Module, # sparse or not
+    x=None,          # example input, or a tuple of inputs: then each layer's bytes, FLOPs and time are in the table
 )->Summary:
     "Table of the model's linear and convolution layers, as they would be computed here and now"
     reasons = getattr(unwrapped(model), 'dsb_reasons', {})
-    rows = [_summary_row(n, m, reasons) for n,m in named_modules(model) if _is_counted(n, m, reasons)]
+    layers = {n:m for n,m in named_modules(model) if _is_counted(n, m, reasons)}
+    rows = [_summary_row(n, m, reasons) for n,m in layers.items()]
+    costs = {} if x is None else _costs(model, x if isinstance(x, tuple) else (x,), layers)
+    for r,m in zip(rows, layers.values()):
+        r.bytes = sum(t.nbytes for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
+        r.flops,r.ms = costs.get(r.name, (None,None))
     return Summary(rows, _not_counted(model, reasons))
 
 # %% ../nbs/03_sparsify.ipynb #b3381e1f
@@ -447,16 +494,28 @@ def computed(self:Summary)->str:
 
 # %% ../nbs/03_sparsify.ipynb #b17cf07c
 _titles = 'layer','weight','structure','blocks','active','density','computed by','note'
+_measures = 'bytes','FLOPs','ms'
+
+@patch
+def _head(self:Summary)->tuple:
+    "Titles of the columns; what was measured stands before who computes"
+    return _titles if all(r.flops is None for r in self.rows) else (*_titles[:6], *_measures, *_titles[6:])
 
 @patch
 def _table(self:Summary)->list: # rows of strings
     "The table without its head"
+    def number(v): return '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:.3f}'
+    def total(k): return sum(getattr(r, k) or 0 for r in self.rows)
     def cells(r):
-        shape,blocks = '×'.join(map(str, r.shape)),f'{r.blocks:,}' if r.blocks else ''
-        return r.name or '(model)', shape, r.kind, blocks, f'{r.active:,}', f'{r.density:.4f}', r.computed, r.note
-    blocks = sum(r.blocks for r in self.rows)
-    total = 'all', f'{self.size:,} weights', '', f'{blocks:,}', f'{self.active:,}', f'{self.density:.4f}', '', ''
-    return [*map(cells, self.rows), total]
+        shape,blocks = '×'.join(map(str, r.shape)),number(r.blocks) if r.blocks else ''
+        costs = map(number, (r.bytes, r.flops, r.ms) if len(self._head())>len(_titles) else ())
+        usual = r.name or '(model)', shape, r.kind, blocks, f'{r.active:,}', f'{r.density:.4f}'
+        return *usual, *costs, r.computed, r.note
+    costs = map(total, ('bytes','flops','ms'))
+    everything = Row('all', (), self.active, self.size, '', total('blocks'), '', '', '', *costs)
+    last = list(cells(everything))
+    last[1],last[3] = f'{self.size:,} weights',number(total('blocks'))
+    return [*map(cells, self.rows), last]
 
 # %% ../nbs/03_sparsify.ipynb #65705333
 @patch
@@ -471,14 +530,16 @@ def _footnotes(self:Summary)->list: # lines
 # %% ../nbs/03_sparsify.ipynb #9f3cd41c
 @patch
 def _repr_markdown_(self:Summary):
-    return '\n\n'.join([markdown_table([_titles, *self._table()], left=(0,1,2,6,7)), *self._footnotes()])
+    head = self._head()
+    left = [i for i,k in enumerate(head) if k in ('layer','weight','structure','computed by','note')]
+    return '\n\n'.join([markdown_table([head, *self._table()], left), *self._footnotes()])
 
 # %% ../nbs/03_sparsify.ipynb #48f81a6e
 @patch
 def __repr__(self:Summary):
-    rows = [_titles,*self._table()]
+    rows = [self._head(),*self._table()]
     width = [max(map(len, o)) for o in zip(*rows)]
-    just = [str.rjust if 3<=i<=5 else str.ljust for i in range(len(_titles))]
+    just = [str.rjust if 3<=i<len(width)-2 else str.ljust for i in range(len(width))]
     lines = ['  '.join(f(c,w) for f,c,w in zip(just, r, width)).rstrip() for r in rows]
     return '\n'.join(lines + self._footnotes())
 

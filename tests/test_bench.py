@@ -224,6 +224,12 @@ def test_without_native_kernels(capsys, tmp_path):
     ('bench update --T 0', 'T=0: expected a whole number, at least 1'),
     ('bench update --no_compile', 'unknown option --no_compile'),
     ('bench update --density .001', 'wrn-22-2, erk, density 0.001: '),
+    ('bench inference --batch 1,none', "batch='1,none': expected numbers of images, separated by commas"),
+    ('bench inference --batch 0', "batch='0': expected numbers of images"),
+    ('bench inference --repeats 0', 'repeats=0: expected a whole number, at least 1'),
+    ('bench inference --density 2', "density='2': expected shares of active weights"),
+    ('bench inference --model wrn-23-2', 'did you mean wrn-22-2?'),
+    ('bench inference --format nchw', 'unknown option --format'),
     ('bench gpu --device cpu --repeats 0', 'repeats=0: expected a whole number, at least 1'),
     ('bench gpu --device cpu --density 2', "density='2': expected shares of active weights"),
     ('bench gpu --device cpu --format nhwc', "format='nhwc': expected nchw, channels_last or both"),
@@ -250,7 +256,29 @@ def test_the_table_of_commands_is_light():
     alone = "import sys, types; m = types.ModuleType('dsb'); m.__path__ = ['dsb']; sys.modules['dsb'] = m; " \
             "from dsb.bench.jobs import JOBS; assert 'torch' not in sys.modules; print(*JOBS)"
     p = subprocess.run([sys.executable, '-c', alone], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert p.stdout.split() == ['layers', 'step', 'update', 'gpu'], p.stderr
+    assert p.stdout.split() == ['layers', 'step', 'update', 'inference', 'gpu'], p.stderr
+
+INFERENCE = 'bench inference --quick --model wrn-10-1 --density .3 --repeats 1'.split()
+
+def test_inference(capsys, tmp_path):
+    "Every way takes part or is named, in both kinds of numbers, and every sparse line has its ratios"
+    words = [*INFERENCE, '--batch', '1,3', '--numbers', 'float32,bfloat16', '--plot', str(tmp_path/'p.png')]
+    printed, report = bench(capsys, tmp_path, words)
+    assert [r['batch'] for r in report['results']] == [1, 3] and (tmp_path/'p.png').stat().st_size
+    for r in report['results']:
+        ways = {(o['numbers'], o['way']) for o in r['dense'] + r['qualifying']}
+        assert ways >= {(n, w) for n in ('float32', 'bfloat16') for w in ('nchw', 'channels_last')}
+        assert ('float32', 'onnxruntime') in ways or any('onnxruntime took no part' in o for o in report['notes'])
+        assert [s['numbers'] for s in r['sparse']] == ['float32', 'bfloat16']
+        for s in r['sparse']:
+            fastest = min(o['ms'] for o in r['dense'])
+            assert s['ratio_any'] == pytest.approx(fastest/s['ms']) and s['ratio'] >= s['ratio_any'] - 1e-9
+    assert 'wrn-10-1 32², batch 3' in printed and 'uniform 0.3, bfloat16' in printed
+
+def test_inference_of_wrong_outputs(capsys, monkeypatch):
+    "Nothing is timed that does not compute the same"
+    monkeypatch.setattr('dsb.bench.inference.fold', lambda m: m.eval().apply(lambda o: o.reset_parameters() if hasattr(o, 'reset_parameters') else None))
+    with pytest.raises(RuntimeError, match='gives other outputs'): main([*INFERENCE, '--batch', '1', '--numbers', 'float32', '--no_onnx'])
 
 def test_gpu_on_a_processor(capsys, tmp_path):
     "The command of the GPU, whose report has parts of its own"
@@ -266,7 +294,7 @@ def test_gpu_on_a_processor(capsys, tmp_path):
     assert printed.startswith('CPU, torch ') and printed.count('3x3:32@4n2') >= len(report['layers']) == 8
 
 def test_help(capsys):
-    for words in ('bench', 'bench layers --help', 'bench step -h', 'bench update -h', 'bench gpu -h'):
+    for words in ('bench', 'bench layers --help', 'bench step -h', 'bench update -h', 'bench inference -h', 'bench gpu -h'):
         try: assert main(words.split()) == 0
         except SystemExit as e: assert e.code == 0
         assert 'usage: dsb bench' in capsys.readouterr().out

@@ -3,6 +3,7 @@ import json, math, os, pickle, shutil, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
 import torch
+from dsb.training.folder import sealed
 from dsb.cli import main, train_command
 
 QUICK = '--data_set digits --model lenet300-100 --epochs 1 --batch_size 64 --n_train 128 --n_test 64 --device cpu'.split()
@@ -132,6 +133,17 @@ def test_documented_commands(recipe, words):
     for name, value in zip(words[::2], words[1::2]): assert str(getattr(c, name[2:])) == value
     settled = c.settled(391)
     assert (settled.T, settled.T_end) == (c.T, c.T_end)
+
+def test_vision_transformers_go_by_their_own_recipe():
+    "AdamW, warm-up, cosine and smoothed labels unless another recipe is asked for, whatever the command"
+    from dsb.cli import options_to_config, parse_options, train_parser
+    from dsb.training.config import RECIPES, TrainConfig
+    def config(words, recipe): return TrainConfig(**options_to_config(vars(parse_options(train_parser(recipe), words.split())), recipe))
+    for recipe in 'cifar', 'imagenet':
+        c, r = config('--model ViT-Tiny --data_set glyphs', recipe), RECIPES['vit']
+        assert (c.recipe, c.lr, c.weight_decay, c.epochs, r.optimizer) == ('vit', r.lr, r.weight_decay, r.epochs, 'adamw')
+        c = config('--model vit-small --recipe short --lr .05', recipe)
+        assert (c.recipe, c.lr, c.weight_decay) == ('short', .05, 1e-4)
 
 def test_no_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
@@ -282,13 +294,15 @@ def foreign(run, d, kind):
     if kind == 'code': torch.save(dict(format=dict(name='dsb-run', version=1), config=Path('x')), f)
     ck = torch.load(run/'last.pt', weights_only=True)
     if kind == 'version': torch.save(ck | dict(format=dict(name='dsb-run', version=99)), f)
-    if kind == 'lacks': ck.pop('opt'); torch.save(ck, f)
-    if kind == 'config': torch.save(ck | dict(config=ck['config'] | dict(colour='red')), f)
-    if kind == 'weights': ck['model'].popitem(); torch.save(ck, f)
+    if kind == 'lacks': ck.pop('opt'); torch.save(sealed(ck), f)
+    if kind == 'config': torch.save(sealed(ck | dict(config=ck['config'] | dict(colour='red'))), f)
+    if kind == 'weights': ck['model'].popitem(); torch.save(sealed(ck), f)
+    if kind == 'older': torch.save(ck | dict(format=dict(name='dsb-run', version=1)), f)
+    if kind == 'unsealed': torch.save(ck | dict(step=3), f)
     return f
 
 @pytest.mark.parametrize('kind, says', [
-    ('missing', 'no checkpoint at'), ('empty folder', 'no checkpoint at'), ('truncated', 'truncated or of another program'), ('empty', 'truncated or of another program'),
+    ('missing', 'no checkpoint at'), ('empty folder', 'no checkpoint at'), ('truncated', 'truncated or of another program'), ('empty', 'truncated or of another program'), ('older', 'by an older dsb'), ('unsealed', 'not as it was written'),
     ('text', 'truncated or of another program'), ('state dict', "no 'format' entry"), ('code', 'of another program'), ('version', 'format version 99'),
     ('lacks', 'it lacks opt'), ('config', 'does not fit this dsb'), ('weights', 'does not fit this dsb')])
 def test_resume_foreign(kind, says, run, tmp_path, capsys):
@@ -361,7 +375,7 @@ def changed(run, d, change):
     shutil.copytree(run, d/'odd', ignore=shutil.ignore_patterns('best.pt', 'dense.pt', '*.png'))
     ck = torch.load(d/'odd/last.pt', weights_only=True)
     change(ck)
-    torch.save(ck, d/'odd/last.pt')
+    torch.save(sealed(ck), d/'odd/last.pt')
     return d/'odd'
 
 @pytest.mark.parametrize('change, says', [
@@ -371,16 +385,16 @@ def changed(run, d, change):
     (lambda ck: ck['config'].update(model='ReNet-18'), 'did you mean ResNet18?'),
     (lambda ck: ck['config'].update(model='mlp'), 'the checkpoint does not fit its own config'),
     (lambda ck: ck.update(config=None), 'config is None'),
-    (lambda ck: ck['info'].pop('image_size'), 'info lacks image_size'),
-    (lambda ck: ck['info'].update(num_classes='ten'), "num_classes='ten'"),
-    (lambda ck: ck['history'][0].pop('updates'), 'epoch 1 of the history has no list of updates'),
-    (lambda ck: ck['history'][0]['updates'][0].pop('net_changed'), 'lacks net_changed'),
-    (lambda ck: ck['history'][0].update(train_acc='50 %'), "train_acc='50 %'"),
-    (lambda ck: ck['history'].append(3), 'the history has 2 epochs, expected 1'),
-    (lambda ck: ck.update(history={}), 'history is dict, expected list'),
-    (lambda ck: ck.update(best=dict(acc=.5)), 'best lacks epoch'),
-    (lambda ck: ck.update(start=dict(conv=3)), 'start has no mask of conv'),
-    (lambda ck: ck.update(step='8'), 'step is str, expected int'),
+    (lambda ck: ck['info'].pop('image_size'), 'info.image_size is missing'),
+    (lambda ck: ck['info'].update(num_classes='ten'), "info.num_classes is 'ten'"),
+    (lambda ck: ck['history'][0].pop('updates'), 'history[0].updates is missing'),
+    (lambda ck: ck['history'][0]['updates'][0].pop('net_changed'), 'history[0].updates[0].net_changed is missing'),
+    (lambda ck: ck['history'][0].update(train_acc='50 %'), "train_acc is '50 %'"),
+    (lambda ck: ck['history'].append(3), 'history[1] is 3, expected an object'),
+    (lambda ck: ck.update(history={}), 'history is {}, expected a list'),
+    (lambda ck: ck.update(best=dict(acc=.5)), 'best.epoch is missing'),
+    (lambda ck: ck.update(start=dict(conv=3)), "start['conv'] is 3, expected a tensor of bytes"),
+    (lambda ck: ck.update(step='8'), "step is '8', expected a whole number"),
     (lambda ck: ck['model'].clear(), 'the checkpoint does not fit its own config')])
 def test_odd_checkpoint(change, says, run, tmp_path, capsys):
     "An older or a foreign checkpoint ends each command with one line"
@@ -406,23 +420,50 @@ def test_validation(tmp_path, capsys):
     assert ' val loss   val acc  test loss  test acc ' in said and f"\nbest epoch by validation accuracy: {best['epoch']}\n" in said
     assert f"after epoch {best['epoch']}, the best by validation accuracy. To load it" in said
     ck = torch.load(tmp_path/'v/last.pt', weights_only=True)
-    ck['history'][-1].pop('val_loss'); torch.save(ck, tmp_path/'v/last.pt')
-    assert 'epoch 3 of the history lacks val_loss' in ends(capsys, 2, ['show', out])
-
-def test_older_checkpoint(run, tmp_path, capsys):
-    "Fields of the config that came later have their defaults, and one that is gone does not matter"
-    old = changed(run, tmp_path, lambda ck: [ck['config'].pop(k) for k in ('part', 'eval_every', 'start', 'n_val')] + [ck['config'].update(regroup=0), ck['info'].pop('n_val')])
-    for argv in ['show'], ['export'], ['train', '--resume']: assert main([*argv, str(old)]) == 0
+    ck['history'][-1].pop('val_loss'); torch.save(sealed(ck), tmp_path/'v/last.pt')
+    assert 'history[2].val_loss is missing' in ends(capsys, 2, ['show', out])
 
 @pytest.mark.parametrize('change, says', [
-    (lambda ck: ck['rng'].clear(), 'IndexError'),
-    (lambda ck: ck.update(rng=[[torch.zeros(3)]]), 'does not fit this dsb or its data'),
-    (lambda ck: ck.update(opt={}), "KeyError: 'param_groups'"),
-    (lambda ck: ck.update(upd=None), 'does not fit this dsb or its data'),
-    (lambda ck: ck.pop('sums'), "KeyError: 'sums'"), (lambda ck: ck['info'].update(world=3), 'had world=3')])
+    (lambda ck: ck['rng'].clear(), 'rng has 0 states'),
+    (lambda ck: ck.update(rng=[[torch.zeros(3)]]), 'rng[0][0] is a tensor (3,) of float32'),
+    (lambda ck: ck.update(rng=[[torch.zeros(3, dtype=torch.uint8)]]), 'does not fit this dsb or its data'),
+    (lambda ck: ck.update(opt={}), 'opt.state is missing'), (lambda ck: ck['opt']['param_groups'][0].update(momentum=-1), 'other settings'),
+    (lambda ck: ck['opt']['param_groups'][0].update(weight_decay=None), 'other settings'),
+    (lambda ck: ck.update(upd=None), 'upd is None'), (lambda ck: ck['upd'].update(t=math.nan), 'upd.t is nan'),
+    (lambda ck: ck.pop('sums'), "it lacks sums"), (lambda ck: ck['info'].update(world=3), 'rng has 1 states, expected 3'),
+    (lambda ck: ck['start'].popitem(), 'on one side only'), (lambda ck: ck.update(more=1), 'it has more, which this dsb does not know')])
 def test_odd_state(change, says, run, tmp_path, capsys):
     odd = changed(run, tmp_path, change)
-    assert says in ends(capsys, 2, ['train', '--resume', odd]) and main(['show', str(odd)]) == 0
+    before = {p: p.read_bytes() for p in odd.iterdir()}
+    assert says in ends(capsys, 2, ['train', '--resume', odd])
+    assert {p: p.read_bytes() for p in odd.iterdir()} == before
+
+def test_falls_back(run, tmp_path, capsys):
+    "A folder whose last checkpoint is damaged goes on from the one before, and says so; nothing good is lost by that"
+    odd = changed(run, tmp_path, lambda ck: None)
+    good = (odd/'last.pt').read_bytes()
+    (odd/'last-1.pt').write_bytes(good)
+    (odd/'last.pt').write_bytes(good[:3000] + bytes([good[3000] ^ 4]) + good[3001:])
+    assert main(['show', str(odd)]) == main(['train', '--resume', str(odd)]) == 0
+    err = capsys.readouterr().err
+    assert err.count('dsb: warning: ') == 2 and err.count(f"going back to {odd/'last-1.pt'}, step") == 2
+    assert 'damaged' in ends(capsys, 2, ['train', '--resume', odd/'last.pt'])
+    (odd/'last-1.pt').unlink()
+    assert 'damaged' in ends(capsys, 2, ['train', '--resume', odd])
+    (odd/'best.pt').write_bytes(b'')
+    assert 'best.pt' in ends(capsys, 2, ['export', odd])
+
+def test_export_of_odd_weights(run, tmp_path, capsys):
+    for bad in math.nan, math.inf:
+        odd = changed(run, tmp_path/str(bad), lambda ck: next(v for v in ck['model'].values() if v.is_floating_point()).view(-1)[:1].fill_(bad))
+        for words in ['export'], ['show'], ['train', '--resume']: assert 'expected a tensor of finite numbers' in ends(capsys, 2, [*words, odd])
+        assert not (odd/'dense.pt').exists()
+
+@pytest.mark.parametrize('words', (['--resume='], ['--resume', ''], ['--resume', '--'], ['--out='], ['--resume', 'x'*402], ['--resume', 'x/'*999]))
+def test_names_nothing(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ends(capsys, 2, ['train', *QUICK, *words])
+    assert not list(tmp_path.iterdir())
 
 def test_unreadable(run, tmp_path, capsys):
     (tmp_path/'last.pt').symlink_to(tmp_path/'last.pt')               # a link to itself

@@ -130,6 +130,45 @@ def test_two():
     alone = train(m:=model(), m, 0)
     assert got['plain'][0][1]!=alone[1]      # both processes counted
 
+class Noise:
+    "Images of random numbers in double precision, of which each process gets its share of a batch"
+    num_classes, image_size, channels, steps_per_epoch = 4, 8, 1, 8
+    def __init__(self, rank=0, world=1):
+        g = torch.Generator().manual_seed(0)
+        self.x,self.y = torch.randn(128,1,8,8,generator=g,dtype=torch.float64),torch.arange(128)%4
+        self.rank,self.world = rank,world
+    def train_batches(self, epoch, start=0):
+        for b in range(start, 8): yield tuple(t[16*b:16*b+16].chunk(self.world)[self.rank] for t in (self.x, self.y))
+    def test_batches(self): yield tuple(t[self.rank::self.world] for t in (self.x, self.y))
+
+def in_double(rank, world=1, parts=1):
+    "(weights, masks, updates, losses) of a run without BatchNorm in double precision"
+    from dsb.training.train import TrainConfig, Trainer, structure_checksum
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        c = TrainConfig(model='lenet300-100', data_set='noise', method='dsb', rule='columns', initial_ratio=1, block_size=8, sparsity=.7, T=2, epochs=2, lr=.05, batch_size=16,
+                        accumulate_steps=parts, device='cpu')
+        t = Trainer(c, data=Noise(rank, world), verbose=False)
+        t.fit()
+    finally: torch.set_default_dtype(before)
+    assert all(p.dtype==torch.float64 for p in t.model.parameters())
+    return [p.tolist() for p in t.model.parameters()],structure_checksum(t.model),[u for h in t.history for u in h['updates']],[h['train_loss'] for h in t.history]
+
+def halves(rank): return in_double(rank, 2)
+def quarters(rank): return in_double(rank, 2, 2)
+
+def test_two_are_one():
+    "Two processes with half of each batch, also in parts, make the run of one process: its weights but for rounding, its structures at every update"
+    w,mask,updates,losses = in_double(0)
+    assert len(updates)>=5 and sum(u['net_changed'] for u in updates)>0
+    got = run(2, [halves, quarters])
+    for other in (*got['halves'], *got['quarters'], in_double(0, parts=2)):
+        assert not isinstance(other, str), other
+        assert other[1:3]==(mask,updates)
+        far = max((torch.tensor(a)-torch.tensor(b)).abs().max().item() for a,b in zip(w, other[0]))
+        assert far<1e-10 and max(abs(a-b) for a,b in zip(losses, other[3]))<1e-10, far
+
 def test_three():
     a,b,c = run(3, [some_together])['some_together']
     assert a==b and a[0]==c[0]==3 and a[1]!=c[1]

@@ -149,7 +149,7 @@ def test_site_of_a_small_project(small):
     assert '12.56' in area.text and 'hidden_test' not in area.text and 'secret' not in index.text
     assert 'tutorials/first.html#how-to' in [o.removeprefix('./') for o in index.links]
     assert {'../area.html#circle','../area.html'} <= set(pages['tutorials/first.html'].links)
-    order = [index.text.index(o) for o in ('First steps', 'area', 'Why')]
+    order = [index.text.index(o) for o in ('Learn', 'First steps', 'Understand', 'Why', 'Reference', 'area')]
     assert order==sorted(order), 'order of the navigation'
     assert 'Area of a circle' in (small/'site/search.json').read_text()
     assert 'draw()' not in index.text and 'a dot' in (small/'site/index.html').read_text()

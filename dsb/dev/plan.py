@@ -447,4 +447,4 @@ def main(
 
 # %% ../../nbs/dev/02_plan.ipynb #a9c0f43e
 #| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())

@@ -98,6 +98,7 @@ CHOICES = dict(
     recipe=tuple(RECIPES),
     device=('auto','cpu','cuda'),
     distribution=tuple(DISTRIBUTIONS),
+    on_nan=('stop','skip'),
     start=(None,*STARTS))
 
 # %% ../../nbs/training/06_config.ipynb #2086f62b
@@ -117,6 +118,9 @@ _RANGES = dict(
     seed=('a whole number from 0 to 2**63-1', lambda v: is_whole(v) and 0<=v<2**63),
     workers=('a whole number of loader processes, at least 0', lambda v: v is None or _least(0)(v)),
     cuda=('the index of one GPU, at least 0; several GPUs are for torchrun', _least(0)),
+    accumulate_steps=('a whole number of parts, at least 1', _least(1)),
+    save_every=('a whole number of steps, 0 for none within an epoch', _least(0)),
+    keep=('a whole number of checkpoints, at least 0', _least(0)),
     print_freq=('a whole number of steps, 0 for one line an epoch', _least(0)))
 
 # %% ../../nbs/training/06_config.ipynb #400a1818
@@ -152,6 +156,7 @@ class TrainConfig:
     eval_every:int=1           # epochs between two evaluations; the last epoch is always evaluated
     start_epoch:int=0          # epochs taken as done: the schedule starts there
     batch_size:int=128         # images in a step, over all processes
+    accumulate_steps:int=1     # parts that a batch is computed in, one after the other, for the same step
     lr:float=None              # peak learning rate; None: the recipe's own
     momentum:float=.9          # of SGD, no Nesterov; with AdamW the first of its two rates
     weight_decay:float=None    # see `make_optimizer`; None: the recipe's own
@@ -165,6 +170,9 @@ class TrainConfig:
     device:str='auto'          # 'auto', 'cpu' or 'cuda'
     cuda:int=0                 # which GPU
     workers:int=None           # loader processes for image folders; None: the data set's choice
+    save_every:int=0           # steps between two checkpoints within an epoch too; 0: by the clock
+    keep:int=1                 # checkpoints to keep before the last one
+    on_nan:str='stop'          # 'stop' or 'skip': what to do at a loss or a gradient that is not finite
     print_freq:int=0           # also print a line every so many steps
     def __post_init__(self): self.complete()
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .glyphs import GLYPH_CLASSES, GLYPH_VERSION, GREY, make_glyphs, rng, mix_seed, show_images
-from ..core import cache_dir, settle_matplotlib, whole_file, whole_number, watched
+from ..core import cache_dir, remove_abandoned, settle_matplotlib, whole_file, whole_number, watched
 
 # %% ../../nbs/training/03_data.ipynb #6eb5b61d
 class DataError(ValueError):
@@ -289,6 +289,7 @@ def cached(
     found = _read_cache(path)
     if found is not None: return found
     tensors = make()
+    remove_abandoned(path.parent)
     try:
         with whole_file(path) as tmp, open(tmp, 'wb') as f:     # given a name, torch would write it into the file
             torch.save(dict(tensors=list(tensors), checksum=_checksum(tensors)), f)
@@ -609,6 +610,8 @@ class _FolderTree(_Tree):
         return self.files[name].read_bytes()
 
 # %% ../../nbs/training/03_data.ipynb #11ca9cdd
+_LARGEST = 2**26   # bytes; a packed member can claim any size and unpack to it
+
 class _ZipTree(_Tree):
     "The files in a zip archive, below the folder that holds `wnids.txt`"
     def __init__(self, path):
@@ -624,6 +627,7 @@ class _ZipTree(_Tree):
     def content(self, name):
         "The bytes of file `name`"
         try:
+            if self.files[name].file_size>_LARGEST: raise ValueError('it claims to be larger than any file of the data set')
             with self.lock: return self.zip.read(self.files[name])
         except Exception as e: raise _damaged(self.path, name, e) from None
 
@@ -652,12 +656,20 @@ def _tiny_train(tree, label):
     missing = label.keys() - {w for _,w in files}
     return [(name, label[w]) for name,w in files if w in label],[f'train/{w}/images/*.JPEG' for w in missing]
 
+# %% ../../nbs/training/03_data.ipynb #a0ff1095
+def _lines(tree, name, words):
+    "The lines of a text file that are not empty; each must have so many words at least"
+    try: lines = tree.read(name).decode().splitlines()
+    except UnicodeDecodeError as e: raise _damaged(tree.path, name, e) from None
+    short = [i for i,line in enumerate(lines, 1) if 0<len(line.split())<words]
+    if short: raise _damaged(tree.path, name, f'line {short[0]} has fewer than {words} words')
+    return [line for line in lines if line.strip()]
+
 # %% ../../nbs/training/03_data.ipynb #6ffaf64f
 def _tiny_val(tree, label):
     "(file name, label) of each validation image, and a list of what is missing; `label` maps classes to numbers"
     heap = {name.split('/')[-1]: name for name in _pictures(tree, 'val')}
-    lines = tree.read('val/val_annotations.txt').decode().splitlines()
-    rows = [line.split()[:2] for line in lines if line.strip()]
+    rows = [line.split()[:2] for line in _lines(tree, 'val/val_annotations.txt', 2)]
     missing = [f'val/images/{f}' for f,_ in rows if f not in heap]
     missing += [f'class {w} of {f} in wnids.txt' for f,w in rows if w not in label]
     return [(heap[f], label[w]) for f,w in rows if f in heap and w in label],missing
@@ -665,7 +677,7 @@ def _tiny_val(tree, label):
 # %% ../../nbs/training/03_data.ipynb #39ccdff1
 def _tiny_lists(tree):
     "Classes and (file name, label) pairs of both splits"
-    wnids = sorted(tree.read('wnids.txt').decode().split())
+    wnids = sorted(line.strip() for line in _lines(tree, 'wnids.txt', 1))
     label = {w: i for i,w in enumerate(wnids)}
     (train,lost),(test,lost_too) = _tiny_train(tree, label),_tiny_val(tree, label)
     missing = lost + lost_too
@@ -678,10 +690,12 @@ def _decode_one(tree, name, size):
     import numpy as np
     from PIL import Image
     raw = tree.read(name)
-    try: im = np.array(Image.open(io.BytesIO(raw)).convert('RGB'))
+    try:
+        im = Image.open(io.BytesIO(raw))
+        fits = im.size==(size, size)
+        if fits: im = np.array(im.convert('RGB'))
     except Exception as e: raise _damaged(tree.path, name, e) from None
-    if im.shape!=(size, size, 3):
-        raise DataError(f'{tree.path}: {name} has {im.shape[1]}×{im.shape[0]} pixels, expected {size}×{size}')
+    if not fits: raise DataError(f'{tree.path}: {name} has {im.size[0]}×{im.size[1]} pixels, expected {size}×{size}')
     return torch.from_numpy(im).permute(2, 0, 1)
 
 # %% ../../nbs/training/03_data.ipynb #58cf7244
@@ -705,11 +719,19 @@ def _tinyimagenet(data_dir, **_):
     return (x,y),(xt,yt),wnids
 
 # %% ../../nbs/training/03_data.ipynb #b647d67f
+_PIXELS = 2**26   # of an image; the largest of ImageNet have a third of it
+
 def _open_image(path):
     "The image in file `path`, in three channels"
     from PIL import Image
-    try: return Image.open(path).convert('RGB')
-    except OSError as e: raise DataError(f'{path} cannot be read as an image ({e}); replace it ({_REMEDY})') from None
+    def refused(why): return DataError(f'{path} cannot be read as an image ({why}); replace it ({_REMEDY})')
+    if not os.path.isfile(path): raise refused('it is no file')
+    try:
+        im = Image.open(path)
+        large = im.width*im.height>_PIXELS
+        if not large: return im.convert('RGB')
+    except Exception as e: raise refused(_one_line(e)) from None
+    raise refused(f'{im.width}×{im.height} pixels, more than {_PIXELS}')
 
 # %% ../../nbs/training/03_data.ipynb #a43bf431
 class _Images(torch.utils.data.Dataset):
@@ -758,6 +780,9 @@ def _load(self:FolderData, batches):
         for x,y in loader: yield x.to(self.device, non_blocking=cuda),y.to(self.device, non_blocking=cuda)
     except DataError as e:  # a worker wraps the message in its traceback, whose last line it is
         raise DataError(str(e).strip().splitlines()[-1].removeprefix('dsb.training.data.DataError: ')) from None
+    except RuntimeError as e:
+        if not str(e).startswith('DataLoader worker'): raise
+        raise DataError(f'a process that reads images has ended ({_one_line(e)}); fewer --workers need less memory') from None
 
 # %% ../../nbs/training/03_data.ipynb #2cb05ed4
 @patch
