@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from .core import say
 from .structure.methods import DENSE, METHODS, SETTINGS, SPARSE, method_of
-from .training.config import CHOICES, RECIPES, TrainConfig, choose_method
+from .training.config import CHOICES, RECIPES, TrainConfig, choose_method, usual_recipe
 
 # %% ../nbs/06_cli.ipynb #5d82d9bf
 def fail(
@@ -128,7 +128,7 @@ def any_terminal():
 
 # %% ../nbs/06_cli.ipynb #dbe6db4f
 MODELS = ('alexnet-s alexnet-b vgg-c vgg-d vgg-like wrn-22-2 wrn-28-2 wrn-22-8 wrn-16-8 wrn-16-10 '
-          'ResNet18 ResNet34 ResNet50 mlp lenet5 lenet300-100').split()
+          'ResNet18 ResNet34 ResNet50 vit-tiny vit-small vit-base mlp lenet5 lenet300-100').split()
 DATA_SETS = 'cifar10 cifar100 tinyimagenet imagenet fashion-mnist digits glyphs'.split()
 
 # %% ../nbs/06_cli.ipynb #4f9f0f2d
@@ -211,13 +211,24 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
+<<<<<<< /tmp/tmpdxzu0c41.txt
         option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but "
                "for BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR'),
         option('--momentum', "momentum of SGD", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only", 'W'),
+=======
+        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
+               "BatchNorm, which normalises within a part", 'K'),
+        option('--lr --learning-rate', "peak learning rate", 'LR', default={k: r.lr for k, r in RECIPES.items()}),
+        option('--momentum', "momentum of SGD, first rate of AdamW", 'M'),
+        option('--weight-decay --wd', "weight decay, on active weights only", 'W',
+               default={k: r.weight_decay for k, r in RECIPES.items()}),
+>>>>>>> /tmp/tmpk1ilfk2a.txt
         option('--recipe', "cifar: the rate falls at 1/2 and 3/4 of the run; imagenet: warm-up, three falls, label "
-               f"smoothing; short: {RECIPES['short'].epochs} epochs, warm-up, then a cosine", default=None),
+               f"smoothing; short: {RECIPES['short'].epochs} epochs, warm-up, then a cosine; vit: AdamW, warm-up, "
+               "cosine, label smoothing, usual for vit models",
+               default=None),
         option('--start-epoch', "take N epochs as done: the schedule starts there"),
         option('--seed', "the same seed on the same machine gives the same run"),
         option('--amp', "compute in bfloat16 where torch's autocast does", action='store_true')]
@@ -303,7 +314,8 @@ def options_to_config(
     size = o.get('block_size', None if 'method' in o else _OF_COMMANDS['block_size'])
     o['method'], o['sparsity'], o['block_size'] = choose_method(o.get('method'), o.get('sparsity'), size, static)
     if 'cuda' in o: o['cuda'] = _gpu(o['cuda'])
-    return dict(model=TrainConfig.model, data_set=_OF_COMMANDS['data_set'], recipe=recipe) | o
+    o = dict(model=TrainConfig.model, data_set=_OF_COMMANDS['data_set']) | o
+    return dict(recipe=usual_recipe(o['model'], recipe)) | o
 
 # %% ../nbs/06_cli.ipynb #2db1cd93
 def default_out(
@@ -315,7 +327,7 @@ def default_out(
     c, usual = config, type(config)
     parts = [(c.data_set, True), (c.model, True), (c.method, True), (f's{c.sparsity:g}', c.method != 'dense'),
              (f'b{c.block_size}', c.block_size > 0), (c.rule, c.rule not in (None, DEFAULT_RULE)),
-             (f'lr{c.lr:g}', c.lr != usual.lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
+             (f'lr{c.lr:g}', c.lr != RECIPES[c.recipe].lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
     return under/'-'.join(text for text, told in parts if told)
 
 # %% ../nbs/06_cli.ipynb #959ec552

@@ -61,7 +61,8 @@ def _lightning():
     class LightningUpdater(UpdaterCallback, _first_of('lightning.pytorch', 'pytorch_lightning').Callback):
         @property
         def state_key(self): return f'dsb.Updater {self.part}'
-        def on_train_start(self, trainer, module): self.begin(trainer.model, list(trainer.optimizers), trainer.global_step)
+        def on_train_start(self, trainer, module):
+            self.begin(trainer.model, list(trainer.optimizers), trainer.global_step)
         def on_train_batch_end(self, trainer, module, *args):
             if report := self.advance(trainer.global_step): module.log_dict(_logged(report))
         def state_dict(self): return self.upd.state_dict() if self.upd else {}

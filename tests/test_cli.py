@@ -115,7 +115,8 @@ def test_original_options():
                ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
         defaults = {names[-1]: default for _, options in option_groups() for names, _, default, _ in options}
         for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
-            assert defaults.get(option, defaults.get('--learning-rate')) == getattr(c, field)
+            usual = defaults.get(option, defaults.get('--learning-rate'))
+            assert (usual[recipe] if isinstance(usual, dict) else usual) == getattr(c, field)
 
 @pytest.mark.parametrize('recipe, words', [
     ('cifar', '--data_set cifar10 --data_dir D --model wrn-22-2 --lr 0.1 --batch_size 128 --sparsity 0.9 --epochs 160 --T_end 75000 --T 100 --block_size 16'),
@@ -132,6 +133,17 @@ def test_documented_commands(recipe, words):
     for name, value in zip(words[::2], words[1::2]): assert str(getattr(c, name[2:])) == value
     settled = c.settled(391)
     assert (settled.T, settled.T_end) == (c.T, c.T_end)
+
+def test_vision_transformers_go_by_their_own_recipe():
+    "AdamW, warm-up, cosine and smoothed labels unless another recipe is asked for, whatever the command"
+    from dsb.cli import options_to_config, parse_options, train_parser
+    from dsb.training.config import RECIPES, TrainConfig
+    def config(words, recipe): return TrainConfig(**options_to_config(vars(parse_options(train_parser(recipe), words.split())), recipe))
+    for recipe in 'cifar', 'imagenet':
+        c, r = config('--model ViT-Tiny --data_set glyphs', recipe), RECIPES['vit']
+        assert (c.recipe, c.lr, c.weight_decay, c.epochs, r.optimizer) == ('vit', r.lr, r.weight_decay, r.epochs, 'adamw')
+        c = config('--model vit-small --recipe short --lr .05', recipe)
+        assert (c.recipe, c.lr, c.weight_decay) == ('short', .05, 1e-4)
 
 def test_no_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)

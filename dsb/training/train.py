@@ -25,7 +25,7 @@ from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
-from .config import RECIPES, TrainConfig, lr_at
+from .config import RECIPES, TrainConfig, lr_at, make_optimizer, state_copies
 from .data import DataError, dataset_info, load_data
 from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble, best_of, holding,
                                  is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole,
@@ -291,7 +291,7 @@ def _build(self:Trainer):
     self.format = torch.channels_last if last else torch.contiguous_format
     self.model = build_model(c, self.shape).to(self.device, memory_format=self.format)
     if cpu: fuse(self.model)
-    self.opt = torch.optim.SGD(self.model.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+    self.opt = make_optimizer(c, self.model)
     self.net = self.model if self.world == 1 else self._parallel()
     self.upd = None if c.method in DENSE else self._updater()
 
@@ -320,7 +320,7 @@ def state_bytes(
     return copies*total(model.parameters()) + total(model.buffers())
 
 @patch
-def _state_mb(self:Trainer): return round(state_bytes(self.model, 3 if self.config.momentum else 2)/1e6, 3)
+def _state_mb(self:Trainer): return round(state_bytes(self.model, state_copies(self.config))/1e6, 3)
 
 # %% ../../nbs/training/08_train.ipynb #02301372
 @patch
