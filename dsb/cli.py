@@ -211,20 +211,12 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
-<<<<<<< /tmp/tmpdxzu0c41.txt
         option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but "
                "for BatchNorm, which normalises within a part", 'K'),
-        option('--lr --learning-rate', "peak learning rate", 'LR'),
-        option('--momentum', "momentum of SGD", 'M'),
-        option('--weight-decay --wd', "weight decay, on active weights only", 'W'),
-=======
-        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
-               "BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR', default={k: r.lr for k, r in RECIPES.items()}),
         option('--momentum', "momentum of SGD, first rate of AdamW", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only", 'W',
                default={k: r.weight_decay for k, r in RECIPES.items()}),
->>>>>>> /tmp/tmpk1ilfk2a.txt
         option('--recipe', "cifar: the rate falls at 1/2 and 3/4 of the run; imagenet: warm-up, three falls, label "
                f"smoothing; short: {RECIPES['short'].epochs} epochs, warm-up, then a cosine; vit: AdamW, warm-up, "
                "cosine, label smoothing, usual for vit models",
