@@ -467,6 +467,16 @@ def _run_table(head, ck):
     chosen = [f"best epoch by {by} accuracy: {best}"] if best else []
     return '\n'.join([head, '', names, *(_run_row(r, best, pruned) for r in shown), *chosen, ''])
 
+# %% ../nbs/06_cli.ipynb #18d74e8d
+def _megabytes(n): return f"{n/1e6:.3g} MB"
+
+def _weighs(model):
+    "What an export of a model would weigh"
+    from dsb.production.files import weights_bytes
+    compact, dense = map(_megabytes, weights_bytes(model))
+    small = f"{compact} with --format safetensors, " if compact != dense else ''
+    return f"dsb export: {small}{dense} dense"
+
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
     "What is to be said of a run; its pictures are drawn on the way"
@@ -475,7 +485,7 @@ def _shown(run, ck):
     try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
     except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
     head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
-    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), drawn])
+    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), _weighs(model), drawn])
 
 # %% ../nbs/06_cli.ipynb #ecf975a1
 def _run_parser(name, about):
@@ -484,60 +494,92 @@ def _run_parser(name, about):
     return p
 
 # %% ../nbs/06_cli.ipynb #abe082cd
+def _show_parser():
+    p = _run_parser('show', show_command.__doc__)
+    p.add_argument('--html', nargs='?', const='', metavar='FILE', help='also write the run as one page that opens '
+                   'without a network; default report.html in the folder of the run')
+    return p
+
 def show_command(
     argv:list, # the words after `dsb show`
 )->int:        # exit status
     "Print a run's epochs and layers; draw its pictures anew"
-    args = parse_options(_run_parser('show', show_command.__doc__), argv)
+    args = parse_options(_show_parser(), argv)
     try:
         from dsb.training.folder import load_checkpoint, one_line
         path, ck = load_checkpoint(args.run)
         with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
+        page = '' if args.html is None else _page(path.parent, ck, args.html)
     except ValueError as e: fail(e)
-    print(shown)
+    print(shown + page)
     return 0
 
+def _page(run, ck, file):
+    "Write the page of a run; a line that says where"
+    from dsb.training.report import write_report
+    return f'\npage: {write_report(run, ck, file or None)}'
+
 # %% ../nbs/06_cli.ipynb #d74b1e90
-def _export(ck, out):
-    "Write the network of a checkpoint as a dense one"
-    from dsb.sparsify import densify
-    from dsb.training.folder import make_folder, save_whole
+def _export(ck, out, format, folded):
+    "Write the network of a checkpoint: what is written beside it, and how far its outputs are"
+    from dsb.production.fold import fold
+    from dsb.production.formats import about_run, export, random_images
+    from dsb.training.folder import make_folder
     from dsb.training.train import restored
-    weights = densify(restored(ck)).state_dict()
+    about, model = about_run(ck), restored(ck)
     make_folder(out.parent)
-    save_whole(weights, out)
+    if folded: model = fold(model)
+    return about, export(model, out, format, random_images(about['network']), **about)
 
 # %% ../nbs/06_cli.ipynb #9dfde63b
-def _loading(ck, out):
-    "Lines of Python that load the exported network"
-    from dsb.training.train import saved_shape, width_of
-    shape = saved_shape(ck)
-    width = width_of(TrainConfig(**ck['config']), shape)
-    if width != 1: shape |= dict(width=width)
-    options = ''.join(f', {k}={v}' for k, v in shape.items())
-    return ('import torch\nfrom dsb.training.models import create_model\n'
-            f"model = create_model({ck['config']['model']!r}{options})\n"
-            f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))")
+def _size(path):
+    "Bytes of a file, or of all files of a folder"
+    return sum(o.stat().st_size for o in ([path] if path.is_file() else path.iterdir()))
+
+def _loading(out, format, folded, about, far):
+    "Lines of Python that load what was written to `out`"
+    from dsb.production.formats import images_line, loading_lines
+    same = f"outputs within {far:.0e} of the run's" if far else "the same outputs as the run's"
+    if far is None: same = 'not compared: onnxruntime is not there'
+    lines = [f"# {_megabytes(_size(out))}; {same}", images_line(**about)]
+    return '\n'.join([*lines, *loading_lines(format, out, about['network'], folded)])
 
 # %% ../nbs/06_cli.ipynb #c3fee8e6
+def _export_parser():
+    from dsb.production.formats import FORMATS
+    p = _run_parser('export', export_command.__doc__)
+    what = '; '.join(f'{k}: {f.what}' for k, f in FORMATS.items())
+    p.add_argument('--format', metavar='NAME', default='dense', help=f'{what} (default dense)')
+    p.add_argument('--out', metavar='FILE', help='where to write; default: a file in the folder of the run. For '
+                   'safetensors also a folder, which gets config.json and model.safetensors')
+    p.add_argument('--fold', action='store_true', help='make BatchNorm part of the layers, as onnx and torch.export do')
+    return p
+
+def _export_to(args, run):
+    "Where to write"
+    from dsb.core import one_of
+    from dsb.production.formats import FORMATS
+    out = Path(args.out or run/FORMATS[one_of(args.format, FORMATS, 'format')].file)
+    if args.format != 'safetensors' and os.path.isdir(out):
+        raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
+    return out
+
+# %% ../nbs/06_cli.ipynb #ab0cb861
 def export_command(
     argv:list, # the words after `dsb export`
 )->int:        # exit status
-    "Write the best weights of a run as the plain state dict of a dense model"
-    p = _run_parser('export', export_command.__doc__)
-    p.add_argument('--out', metavar='FILE', help='where to write; default dense.pt in the folder of the run')
-    args = parse_options(p, argv)
+    "Write the best weights of a run for others to use, and print the lines that load them"
+    args = parse_options(_export_parser(), argv)
     try:
         from dsb.training.folder import load_checkpoint, one_line
         best = Path(args.run)/'best.pt'
         path, ck = load_checkpoint(best if os.path.exists(best) else args.run)
-        out = Path(args.out or path.parent/'dense.pt')
-        if os.path.isdir(out): raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
-        with one_line(f"{path} cannot be exported"): _export(ck, out)
+        out = _export_to(args, path.parent)
+        with one_line(f"{path} cannot be exported"): about, far = _export(ck, out, args.format, args.fold)
     except ValueError as e: fail(e)
     chosen = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
     print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}{chosen}. To load it:")
-    print(textwrap.indent(_loading(ck, out), '  '))
+    print(textwrap.indent(_loading(out, args.format, args.fold, about, far), '  '))
     return 0
 
 # %% ../nbs/06_cli.ipynb #9d1ef9c7
@@ -632,7 +674,7 @@ def _commands():
     return dict(
         train=(train, 'train a network, or continue a run; the same as main.py'),
         show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
-        export=(export_command, 'write the best weights of a run for ordinary dense layers'),
+        export=(export_command, 'write the best weights of a run for others: dense, compact, ONNX and more'),
         sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),
         bench=(bench_command, 'time layers and training steps against dense, and updates'))
 
@@ -656,4 +698,4 @@ def main(
 
 # %% ../nbs/06_cli.ipynb #40048fa2
 #| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())
