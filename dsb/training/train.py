@@ -31,6 +31,7 @@ from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble,
                                  is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole,
                                  sealed)
 from .models import create_model, model_channels, small_width
+from .grades import grades, plot_confusion, tally
 
 # %% ../../nbs/training/08_train.ipynb #c6385b6a
 class Deserted(Trouble):
@@ -190,6 +191,7 @@ MAY_CHANGE = ('data_dir', 'device', 'cuda', 'workers', 'print_freq',
 class Trainer:
     "One run: `fit` takes it from where it stands to its end"
     save_seconds = 600 # a checkpoint at least this often, also within an epoch
+    log = None         # called with the history after each epoch, such as a `row_logger`
     def __init__(self,
         config:TrainConfig, # everything that decides the run
         out=None,           # folder of the run; None: nothing is written
@@ -731,6 +733,8 @@ def close_epoch(self:Trainer):
     self.best = best_of(self.history, self.judge)
     better = due and self.best['epoch'] == self.epoch
     self.save(better)
+    if self.log and self.claim:
+        with self.claim.writing(): self.log(self.history)
     if self.verbose: self._tell(self._epoch_line())
 
 # %% ../../nbs/training/08_train.ipynb #7c9adc6a
@@ -779,15 +783,34 @@ def draw_run(
         with whole_file(Path(out)/name) as tmp: fig.savefig(tmp, format='png', dpi=150)
     return list(figures)
 
+# %% ../../nbs/training/08_train.ipynb #a3ae242c
+@patch
+def grade(self:Trainer)->dict: # as `grades` says
+    "How the model does on the test images, class by class"
+    classes = self.shape['num_classes']
+    self.model.eval()
+    def answer(x):
+        x = x.to(self.device, memory_format=self.format)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp): return self.model(x).float()
+    return grades(*map(_over_ranks, tally(answer, self.data.test_batches(), classes, self.device)))
+
+@patch
+def _draw_grades(self:Trainer, g):
+    with whole_file(self.out/'confusion.png') as tmp:
+        plot_confusion(g['confusion'], f'test images, epoch {self.epoch}').savefig(tmp, format='png', dpi=150)
+
 # %% ../../nbs/training/08_train.ipynb #3de9021f
 @patch
-def finish(self:Trainer)->dict: # what `summary.json` holds
-    "Write `summary.json`, `curves.png` and `masks.png`"
-    r = self.result()
+def finish(self:Trainer)->dict: # what `summary.json` holds, but for the confusion matrix
+    "Write `summary.json`, `curves.png`, `masks.png` and `confusion.png`"
+    r, g = self.result(), self.grade()
+    r |= {k: g[k] for k in ('top5_acc',) if k in g}
     if not self.claim: return r
+    small = dict(confusion=g['confusion']) if self.shape['num_classes'] <= 100 else {}
     with self.claim.writing():
-        write_whole(self.out/'summary.json', json.dumps(r, indent=1) + '\n')
+        write_whole(self.out/'summary.json', json.dumps(r | small, indent=1) + '\n')
         draw_run(self.out, self.model, self.history, self.start, self.config.title)
+        self._draw_grades(g)
     return r
 
 # %% ../../nbs/training/08_train.ipynb #d8f50a43
@@ -816,7 +839,7 @@ def _epochs(self:Trainer):
 
 # %% ../../nbs/training/08_train.ipynb #9e2f6ab4
 @patch
-def fit(self:Trainer)->dict: # what `summary.json` holds
+def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion matrix
     "Train from where the run stands to its end"
     first = self.step
     with holding(self.claim, lambda: self.step == first), self._from_outside():
