@@ -370,6 +370,35 @@ def test_export(run, capsys, tmp_path):
     assert 'cannot write to' in ends(capsys, 2, ['export', run, '--out', run/'last.pt/x.pt'])
     assert main(['export', str(run), '--out', str(tmp_path/'new/w.pt')]) == 0
 
+def test_eval(run, capsys):
+    "What is said of a folder is its best model's accuracy, and nothing is written"
+    before = {p: p.stat().st_mtime_ns for p in run.rglob('*')}
+    best = json.loads((run/'summary.json').read_text(encoding='utf-8'))['best_acc']
+    for path, name in (run, 'best.pt'), (run/'last.pt', 'last.pt'):
+        capsys.readouterr()
+        assert main(['train', '--eval', str(path)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f'{run/name}, epoch 1: test {best:.2%}, loss ') and ', 64 images\nmost often mistaken: ' in out
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob('*')}
+    for options, says in ('--lr 0.2', '--lr 0.2 contradicts the run in'), ('--out x', '--out with --eval'), ('--data_dir x', ''):
+        argv = ['train', '--eval', run, *options.split()]
+        if says: assert says in ends(capsys, 2, argv)
+        else: assert main(list(map(str, argv))) == 0
+    assert 'no checkpoint at' in ends(capsys, 2, ['train', '--eval', run/'nothing'])
+
+def test_confusion(run):
+    m = torch.tensor(json.loads((run/'summary.json').read_text(encoding='utf-8'))['confusion'])
+    assert m.shape == (10, 10) and m.sum() == 64 and (run/'confusion.png').stat().st_size > 1000
+    assert m.diagonal().sum().item()/64 == json.loads((run/'summary.json').read_text(encoding='utf-8'))['final_acc']
+
+def test_logger(tmp_path, capsys):
+    assert "logger='tb': expected one of csv, tensorboard" in ends(capsys, 2, ['train', *QUICK, '--logger', 'tb', '--out', tmp_path/'r'])
+    assert not (tmp_path/'r').exists()
+    assert main(['train', *QUICK, '--logger', 'csv', '--out', str(tmp_path/'r')]) == 0
+    head, row = (tmp_path/'r/metrics.csv').read_text().splitlines()
+    acc = json.loads((tmp_path/'r/metrics.jsonl').read_text(encoding='utf-8'))['test_acc']
+    assert float(dict(zip(head.split(','), row.split(',')))['test_acc']) == acc
+
 def changed(run, d, change):
     "A copy of a run whose checkpoint `change` has changed"
     shutil.copytree(run, d/'odd', ignore=shutil.ignore_patterns('best.pt', 'dense.pt', '*.png'))

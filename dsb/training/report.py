@@ -212,7 +212,7 @@ canvas { width: 100%; image-rendering: pixelated; border: 1px solid var(--line);
 th, td { text-align: left; padding: .15rem .7rem .15rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
 .ink { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; border: 1px solid var(--line); }
-.bars { display: flex; height: 1rem; margin: .5rem 0; } input[type=range] { width: 50%; vertical-align: middle; }
+.bars { display: flex; height: 1rem; border: 1px solid var(--line); margin: .5rem 0; } input[type=range] { width: 50%; vertical-align: middle; }
 '''
 
 # %% ../../nbs/training/10_report.ipynb #0aee69d9

@@ -28,8 +28,10 @@ from ..topology import Updater, pack_mask, rule_name, unpack_mask
 from .config import RECIPES, TrainConfig, lr_at, make_optimizer, state_copies
 from .data import DataError, dataset_info, load_data
 from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble, best_of, holding,
-                                 is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole, sealed)
+                                 is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole,
+                                 sealed)
 from .models import create_model, model_channels, small_width
+from .grades import grades, plot_confusion, tally
 
 # %% ../../nbs/training/08_train.ipynb #c6385b6a
 class Deserted(Trouble):
@@ -39,7 +41,8 @@ def _store(seconds):
     "What torchrun's processes, or those that were started like them, have in common"
     env = os.environ
     hosted = env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'       # by torchrun; else by the first process
-    return dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), int(env['WORLD_SIZE']), env['RANK'] == '0' and not hosted,
+    host = env['RANK'] == '0' and not hosted
+    return dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), int(env['WORLD_SIZE']), host,
                          timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True)
 
 def _wait_for(store, keys, seconds=600):
@@ -50,7 +53,8 @@ def _wait_for(store, keys, seconds=600):
             if store.check(['dsb/failed']):
                 store.add('dsb/seen', 1)
                 raise Deserted('another process has failed')
-            if time.perf_counter() > end: raise Trouble(f"process {k.rpartition('/')[2]} did not come within {seconds} s")
+            if time.perf_counter() > end:
+                raise Trouble(f"process {k.rpartition('/')[2]} did not come within {seconds} s")
             time.sleep(.05)
 
 # %% ../../nbs/training/08_train.ipynb #450dfbee
@@ -60,7 +64,8 @@ def _agree(store, rank, world, options):
     _wait_for(store, [f'dsb/options/{r}' for r in range(world)])
     first = json.loads(store.get('dsb/options/0'))
     for k, v in json.loads(json.dumps(options)).items():
-        if v != first[k]: raise ValueError(f"started with {k}={v!r}, but process 0 with {k}={first[k]!r}: give all the same")
+        if v == first[k]: continue
+        raise ValueError(f"started with {k}={v!r}, but process 0 with {k}={first[k]!r}: give all the same")
     store.set(f'dsb/agreed/{rank}', '')
     _wait_for(store, [f'dsb/agreed/{r}' for r in range(world)])
 
@@ -186,6 +191,7 @@ MAY_CHANGE = ('data_dir', 'device', 'cuda', 'workers', 'print_freq',
 class Trainer:
     "One run: `fit` takes it from where it stands to its end"
     save_seconds = 600 # a checkpoint at least this often, also within an epoch
+    log = None         # called with the history after each epoch, such as a `row_logger`
     def __init__(self,
         config:TrainConfig, # everything that decides the run
         out=None,           # folder of the run; None: nothing is written
@@ -259,9 +265,9 @@ def _kept(self:Trainer):
 def _out_of_memory(self:Trainer):
     "What might help where memory was used up"
     c, at = self.config, f"at step {self.step}" if hasattr(self, 'step') else 'before the first step'
-    return (f"out of memory {at}, with batch_size={c.batch_size}: {self._kept()}; continue with --resume where there is "
-            f"more memory, or start anew with a smaller --batch_size or with --accumulate_steps {2*c.accumulate_steps}, "
-            "which computes a batch in parts")
+    return (f"out of memory {at}, with batch_size={c.batch_size}: {self._kept()}; continue with --resume where there "
+            "is more memory, or start anew with a smaller --batch_size or with --accumulate_steps "
+            f"{2*c.accumulate_steps}, which computes a batch in parts")
 
 @patch
 @contextmanager
@@ -270,7 +276,8 @@ def _from_outside(self:Trainer):
     try: yield
     except Exception as e:
         if is_out_of_memory(e): raise Trouble(self._out_of_memory()) from None
-        if self.world > 1 and _is_lost(e): raise Trouble(f"another of the {self.world} processes has ended: {self._kept()}") from None
+        if self.world > 1 and _is_lost(e):
+            raise Trouble(f"another of the {self.world} processes has ended: {self._kept()}") from None
         if not str(e).startswith('DataLoader worker'): raise
         raise Trouble(f"a process that reads images has ended ({' '.join(str(e).split())}): {self._kept()}; continue "
                       "with --resume, and with fewer --workers if memory was short") from None
@@ -414,7 +421,8 @@ def load_state(self:Trainer,
                                           "use the same data and number of processes")
     _check_alike('weights', self.model.state_dict(), ck['model'])
     _check_alike('first masks', self.start, ck['start'])
-    if any(m.shape != ck['start'][n].shape for n, m in self.start.items()): raise ValueError("the first masks do not fit")
+    if any(m.shape != ck['start'][n].shape for n, m in self.start.items()):
+        raise ValueError("the first masks do not fit")
     self.model.load_state_dict(ck['model'])
     self._check_opt(ck['opt'])
     self.opt.load_state_dict(ck['opt'])
@@ -725,6 +733,8 @@ def close_epoch(self:Trainer):
     self.best = best_of(self.history, self.judge)
     better = due and self.best['epoch'] == self.epoch
     self.save(better)
+    if self.log and self.claim:
+        with self.claim.writing(): self.log(self.history)
     if self.verbose: self._tell(self._epoch_line())
 
 # %% ../../nbs/training/08_train.ipynb #7c9adc6a
@@ -773,15 +783,34 @@ def draw_run(
         with whole_file(Path(out)/name) as tmp: fig.savefig(tmp, format='png', dpi=150)
     return list(figures)
 
+# %% ../../nbs/training/08_train.ipynb #a3ae242c
+@patch
+def grade(self:Trainer)->dict: # as `grades` says
+    "How the model does on the test images, class by class"
+    classes = self.shape['num_classes']
+    self.model.eval()
+    def answer(x):
+        x = x.to(self.device, memory_format=self.format)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp): return self.model(x).float()
+    return grades(*map(_over_ranks, tally(answer, self.data.test_batches(), classes, self.device)))
+
+@patch
+def _draw_grades(self:Trainer, g):
+    with whole_file(self.out/'confusion.png') as tmp:
+        plot_confusion(g['confusion'], f'test images, epoch {self.epoch}').savefig(tmp, format='png', dpi=150)
+
 # %% ../../nbs/training/08_train.ipynb #3de9021f
 @patch
-def finish(self:Trainer)->dict: # what `summary.json` holds
-    "Write `summary.json`, `curves.png` and `masks.png`"
-    r = self.result()
+def finish(self:Trainer)->dict: # what `summary.json` holds, but for the confusion matrix
+    "Write `summary.json`, `curves.png`, `masks.png` and `confusion.png`"
+    r, g = self.result(), self.grade()
+    r |= {k: g[k] for k in ('top5_acc',) if k in g}
     if not self.claim: return r
+    small = dict(confusion=g['confusion']) if self.shape['num_classes'] <= 100 else {}
     with self.claim.writing():
-        write_whole(self.out/'summary.json', json.dumps(r, indent=1) + '\n')
+        write_whole(self.out/'summary.json', json.dumps(r | small, indent=1) + '\n')
         draw_run(self.out, self.model, self.history, self.start, self.config.title)
+        self._draw_grades(g)
     return r
 
 # %% ../../nbs/training/08_train.ipynb #d8f50a43
@@ -810,7 +839,7 @@ def _epochs(self:Trainer):
 
 # %% ../../nbs/training/08_train.ipynb #9e2f6ab4
 @patch
-def fit(self:Trainer)->dict: # what `summary.json` holds
+def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion matrix
     "Train from where the run stands to its end"
     first = self.step
     with holding(self.claim, lambda: self.step == first), self._from_outside():
