@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
-           'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers', 'Updater', 'speed_up',
-           'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
+           'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'gathered', 'summary', 'sparse_layers', 'Updater',
+           'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
 
 # %% ../nbs/07_init.ipynb #1110a1fa
 import dsb.core                     # first: it says what is missing
@@ -16,7 +16,7 @@ from .structure.density import budgets
 from .structure.schedule import drop_fraction
 from .ops import backend, backends
 from .layers import SparseLinear, SparseConv2d
-from .sparsify import sparsify, densify, summary, sparse_layers
+from .sparsify import sparsify, densify, gathered, summary, sparse_layers
 from .topology import Updater
 from .fuse import fuse, unfuse
 from .training.tune import speed_up, tune
@@ -26,5 +26,5 @@ from .production.serve import for_inference
 
 # %% ../nbs/07_init.ipynb #07bce986
 _all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction',
-         'backend', 'backends', 'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'summary', 'sparse_layers',
-         'Updater', 'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
+         'backend', 'backends', 'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'gathered', 'summary',
+         'sparse_layers', 'Updater', 'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']

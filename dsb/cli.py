@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'DATA_SETS', 'fail', 'Parser', 'near', 'parse_options', 'any_terminal', 'option', 'option_groups',
-           'train_parser', 'options_to_config', 'default_out', 'continued', 'train_command', 'show_command',
-           'export_command', 'bench_command', 'sweep_command', 'main']
+           'train_parser', 'options_to_config', 'default_out', 'continued', 'evaluated', 'train_command',
+           'show_command', 'export_command', 'bench_command', 'sweep_command', 'main']
 
 # %% ../nbs/06_cli.ipynb #8fbc1a96
 import argparse, codecs, errno, io, os, shlex, shutil, sys, textwrap
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from .core import say
 from .structure.methods import DENSE, METHODS, SETTINGS, SPARSE, method_of
-from .training.config import CHOICES, RECIPES, TrainConfig, choose_method
+from .training.config import CHOICES, RECIPES, TrainConfig, choose_method, usual_recipe
 
 # %% ../nbs/06_cli.ipynb #5d82d9bf
 def fail(
@@ -128,7 +128,7 @@ def any_terminal():
 
 # %% ../nbs/06_cli.ipynb #dbe6db4f
 MODELS = ('alexnet-s alexnet-b vgg-c vgg-d vgg-like wrn-22-2 wrn-28-2 wrn-22-8 wrn-16-8 wrn-16-10 '
-          'ResNet18 ResNet34 ResNet50 mlp lenet5 lenet300-100').split()
+          'ResNet18 ResNet34 ResNet50 vit-tiny vit-small vit-base mlp lenet5 lenet300-100').split()
 DATA_SETS = 'cifar10 cifar100 tinyimagenet imagenet fashion-mnist digits glyphs'.split()
 
 # %% ../nbs/06_cli.ipynb #4f9f0f2d
@@ -211,13 +211,16 @@ def _training_options():
                default={k: r.epochs for k, r in RECIPES.items()}),
         option('--eval_every', "epochs between two evaluations; the last epoch is always evaluated"),
         option('-b --batch_size', "images in a step, over all processes"),
-        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but for "
-               "BatchNorm, which normalises within a part", 'K'),
-        option('--lr --learning-rate', "peak learning rate", 'LR'),
-        option('--momentum', "momentum of SGD", 'M'),
-        option('--weight-decay --wd', "weight decay, on active weights only", 'W'),
+        option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but "
+               "for BatchNorm, which normalises within a part", 'K'),
+        option('--lr --learning-rate', "peak learning rate", 'LR', default={k: r.lr for k, r in RECIPES.items()}),
+        option('--momentum', "momentum of SGD, first rate of AdamW", 'M'),
+        option('--weight-decay --wd', "weight decay, on active weights only", 'W',
+               default={k: r.weight_decay for k, r in RECIPES.items()}),
         option('--recipe', "cifar: the rate falls at 1/2 and 3/4 of the run; imagenet: warm-up, three falls, label "
-               f"smoothing; short: {RECIPES['short'].epochs} epochs, warm-up, then a cosine", default=None),
+               f"smoothing; short: {RECIPES['short'].epochs} epochs, warm-up, then a cosine; vit: AdamW, warm-up, "
+               "cosine, label smoothing, usual for vit models",
+               default=None),
         option('--start-epoch', "take N epochs as done: the schedule starts there"),
         option('--seed', "the same seed on the same machine gives the same run"),
         option('--amp', "compute in bfloat16 where torch's autocast does", action='store_true')]
@@ -226,7 +229,11 @@ def _training_options():
 def _run_options():
     return [
         option('--out', "folder of the run; default runs/DATA-MODEL-METHOD-...", 'DIR'),
-        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH', default=None),
+        option('--resume', "continue the run of this folder or checkpoint, exactly where it stood", 'PATH'),
+        option('--logger', "write each epoch's metrics for other programs, too: csv (metrics.csv) or tensorboard",
+               default=None),
+        option('--eval', "no training: how the best model of this folder, or the model of this checkpoint, does on the "
+               "test images", 'PATH', default=None),
         option('--save_every', "write a checkpoint every N steps, also within an epoch; 0: every ten minutes"),
         option('--keep', "checkpoints to keep before the last one, to go back to where that is damaged"),
         option('--on_nan', "at a loss or a gradient that is no number: stop, or skip the step", 'HOW'),
@@ -276,7 +283,7 @@ def train_parser(
     return p
 
 # %% ../nbs/06_cli.ipynb #451ae7e3
-_NOT_CONFIG = 'static_update', 'out', 'resume', 'no_tune'
+_NOT_CONFIG = 'static_update', 'out', 'resume', 'no_tune', 'logger', 'eval'
 
 def _yes(word):
     "The original's reading of --static_update: anything but n or no"
@@ -299,7 +306,8 @@ def options_to_config(
     size = o.get('block_size', None if 'method' in o else _OF_COMMANDS['block_size'])
     o['method'], o['sparsity'], o['block_size'] = choose_method(o.get('method'), o.get('sparsity'), size, static)
     if 'cuda' in o: o['cuda'] = _gpu(o['cuda'])
-    return dict(model=TrainConfig.model, data_set=_OF_COMMANDS['data_set'], recipe=recipe) | o
+    o = dict(model=TrainConfig.model, data_set=_OF_COMMANDS['data_set']) | o
+    return dict(recipe=usual_recipe(o['model'], recipe)) | o
 
 # %% ../nbs/06_cli.ipynb #2db1cd93
 def default_out(
@@ -311,7 +319,7 @@ def default_out(
     c, usual = config, type(config)
     parts = [(c.data_set, True), (c.model, True), (c.method, True), (f's{c.sparsity:g}', c.method != 'dense'),
              (f'b{c.block_size}', c.block_size > 0), (c.rule, c.rule not in (None, DEFAULT_RULE)),
-             (f'lr{c.lr:g}', c.lr != usual.lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
+             (f'lr{c.lr:g}', c.lr != RECIPES[c.recipe].lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
     return under/'-'.join(text for text, told in parts if told)
 
 # %% ../nbs/06_cli.ipynb #959ec552
@@ -325,22 +333,65 @@ def _agrees(name, value, ck):
     return value == c[name], c[name]
 
 # %% ../nbs/06_cli.ipynb #9835d84e
+def _changes(given, path, ck, remedy):
+    "The options that may differ from a checkpoint's run, once all others agree with it"
+    from dsb.training.train import MAY_CHANGE
+    changes = {k: v for k, v in given.items() if k in MAY_CHANGE}
+    if 'cuda' in changes: changes['cuda'] = _gpu(changes['cuda'])
+    for k, v in given.items():
+        if k in changes or k in _NOT_CONFIG and k != 'static_update': continue
+        same, has = _agrees(k, v, ck)
+        if not same: raise ValueError(f"--{k} {v} contradicts the run in {path}, which has {has}: {remedy}")
+    return changes
+
 def continued(
     given:dict, # options that were given, `resume` among them
 ):              # `Trainer`
     "The trainer of a run that goes on"
     from dsb.training.folder import load_checkpoint
-    from dsb.training.train import MAY_CHANGE, Trainer
+    from dsb.training.train import Trainer
     if not given['resume']: raise ValueError("--resume names nothing: give the folder of a run, or a checkpoint in it")
     path, ck = load_checkpoint(given['resume'])
-    changes = {k: v for k, v in given.items() if k in MAY_CHANGE}
-    if 'cuda' in changes: changes['cuda'] = _gpu(changes['cuda'])
-    for k, v in given.items():
-        if k in changes or k in ('resume', 'out', 'no_tune'): continue
-        same, has = _agrees(k, v, ck)
-        if not same: raise ValueError(f"--{k} {v} contradicts the run in {path}, which has {has}: "
-                                      "leave the option out to continue, or --resume to start anew")
+    changes = _changes(given, path, ck, "leave the option out to continue, or --resume to start anew")
     return Trainer.resume(path, given.get('out'), **changes)
+
+# %% ../nbs/06_cli.ipynb #1835592c
+def _check_logger(given):
+    "Raise unless the logger that was asked for is there"
+    if 'logger' not in given: return
+    from dsb.training.grades import row_logger
+    row_logger(given['logger'], '.')
+
+def _with_log(t, given):
+    "The trainer, with the log that was asked for"
+    from dsb.training.grades import row_logger
+    if 'logger' in given: t.log = row_logger(given['logger'], t.out)
+    return t
+
+# %% ../nbs/06_cli.ipynb #67c4294a
+def _graded(g, path, ck):
+    "What an evaluation found, in words"
+    from dsb.training.grades import mistakes
+    n, top = sum(map(sum, g['confusion'])), f", among the first five {g['top5_acc']:.2%}" if 'top5_acc' in g else ''
+    line = f"{path}, epoch {ck['epoch']}: test {g['acc']:.2%}{top}, loss {g['loss']:.4f}, {n:,} images"
+    often = ', '.join(f"{a} taken for {b} ({k})" for a, b, k in mistakes(g['confusion']))
+    return line + f"\nmost often mistaken: {often}"*bool(often)
+
+def evaluated(
+    given:dict, # options that were given, `eval` among them
+)->str:         # a line or two
+    "How the model of a checkpoint does on the test images"
+    from dsb.training.folder import load_checkpoint, one_line
+    from dsb.training.train import Trainer
+    if not given['eval']: raise ValueError("--eval names nothing: give the folder of a run, or a checkpoint in it")
+    extra = [k for k in ('resume', 'out', 'logger') if given.get(k)]
+    if extra: raise ValueError(f"--{extra[0]} with --eval, which trains and writes nothing: leave one of them out")
+    best = Path(given['eval'])/'best.pt'
+    path, ck = load_checkpoint(best if os.path.exists(best) else given['eval'])
+    changes = _changes(given, path, ck, "leave the option out to evaluate")
+    t = Trainer(TrainConfig(**ck['config'] | changes), verbose=False)
+    with one_line(f"{path} does not fit this dsb or its data"): t.load_state(ck)
+    return _graded(t.grade(), path, ck)
 
 # %% ../nbs/06_cli.ipynb #5d961d9b
 def _ready(given, recipe):
@@ -349,9 +400,10 @@ def _ready(given, recipe):
         from dsb.training.folder import Diverged, Trouble
         from dsb.training.train import Trainer
         if given.get('out') == '': raise ValueError("--out names nothing: give a folder, or leave it out")
-        if 'resume' in given: return continued(given)
+        _check_logger(given)
+        if 'resume' in given: return _with_log(continued(given), given)
         config, out = TrainConfig(**options_to_config(given, recipe)), given.get('out')
-        return Trainer(config, out or default_out(config), another=not out)
+        return _with_log(Trainer(config, out or default_out(config), another=not out), given)
     except (ValueError, Trouble) as e: fail(e)
     except Diverged as e: fail(e, 1)   # a checkpoint whose weights are no numbers
 
@@ -421,6 +473,18 @@ def _stopped(e, otherwise):
     say(f"\n{str(e) or otherwise}")
     return 128 + getattr(e, 'signum', 2)
 
+# %% ../nbs/06_cli.ipynb #32c1358a
+def _evaluate(given):
+    "Print how a checkpoint does; its status"
+    from dsb.training.folder import Diverged, Trouble
+    from dsb.training.train import leave_group
+    try: says = evaluated(given)
+    except (ValueError, Trouble) as e: fail(e)
+    except Diverged as e: fail(e, 1)
+    leave_group()
+    if os.environ.get('RANK', '0') == '0': print(says)
+    return 0
+
 # %% ../nbs/06_cli.ipynb #7be26ac8
 @any_terminal()
 def train_command(
@@ -431,7 +495,7 @@ def train_command(
     "Train, or continue, as the options say"
     given = vars(parse_options(train_parser(recipe, prog), sys.argv[1:] if argv is None else argv))
     recipe = given.get('recipe') or recipe
-    try: return _train(_ready(given, recipe), not given.get('no_tune'))
+    try: return _evaluate(given) if 'eval' in given else _train(_ready(given, recipe), not given.get('no_tune'))
     except KeyboardInterrupt as e: return _stopped(e, 'stopped before the first step')
 
 # %% ../nbs/06_cli.ipynb #b078c072

@@ -6,10 +6,10 @@
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
            'sometimes_dense', 'structure_of', 'recall', 'renew_kept', 'operator', 'set_collector', 'revealed',
            'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts',
-           'block_linear', 'conv_args', 'block_conv2d']
+           'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
-import importlib, importlib.util, sys, warnings, weakref
+import importlib, importlib.util, math, sys, warnings, weakref
 import torch
 import torch.nn.functional as F
 from functools import cache
@@ -265,7 +265,7 @@ def _autograd_function(name, **parts):
     return type(name, (torch.autograd.Function,), {k:staticmethod(v) for k,v in parts.items()})
 
 def _no_derivative(ctx, *grads):
-    raise RuntimeError('a sparse layer has first derivatives only: expected no derivative of a gradient')
+    raise RuntimeError('an operator with first derivatives only: expected no derivative of a gradient')
 
 _formulas = {}   # operator of torch -> how to count its FLOPs
 
@@ -275,14 +275,28 @@ class _Operator:
         self.f,self.op,self.short = f,torch.library.custom_op(name, f, mutates_args=()),None
         self.register_fake = self.op.register_fake
         def nothing(ctx, inputs, output): pass
-        self.function = _autograd_function(f.__name__, forward=f, setup_context=nothing, backward=_no_derivative)
+        self.batched = lambda info, dims, *args: _one_by_one(self, info.batch_size, dims, args)
+        self._differentiate(nothing, _no_derivative)
+    def _differentiate(self, setup_context, backward):
+        def vmap(info, dims, *args): return self.batched(info, dims, *args)
+        self.function = _autograd_function(self.f.__name__, forward=self.f, setup_context=setup_context,
+                                           backward=backward, vmap=vmap)
     def __call__(self, *args):
         if not _unwatched(*args[:2]):
             if _formulas and not torch.compiler.is_compiling(): _tell_counters()
             return self.op(*args)
         if torch._C._are_functorch_transforms_active(): return self.function.apply(*args)
-        if self.short: return self.short.apply(*args)
+        if self.short and torch.is_grad_enabled(): return self.short.apply(*map(_bare, args))
         return self.f(*map(_bare, args))
+
+# %% ../nbs/01_ops.ipynb #3424f43a
+def _slice(a, dim, i): return a.select(dim, i) if isinstance(dim, int) else a   # of a list torch says (None, None)
+
+def _one_by_one(op, n, dims, args)->tuple: # results with a dimension more in front, where that is
+    "An operator for each of `n` arguments; `dims` says where they are counted, or None"
+    outs = [op(*(_slice(a, d, i) for a,d in zip(args, dims))) for i in range(n)]
+    if isinstance(outs[0], Tensor): return torch.stack(outs),0
+    return tuple(map(torch.stack, zip(*outs))),(0,)*len(outs[0])
 
 # %% ../nbs/01_ops.ipynb #f1eedcb5
 def _bare(t):
@@ -295,6 +309,7 @@ def register_autograd(
     self:_Operator,
     backward,       # (context, *gradients of the results) -> gradients of the arguments
     *, setup_context, # (context, arguments, result): keep what `backward` needs
+    again:bool=False, # has what `backward` calls derivatives, too?
 ):
     "Say how to differentiate the operator"
     self.op.register_autograd(backward, setup_context=setup_context)
@@ -302,9 +317,9 @@ def register_autograd(
         output = self.f(*args)
         setup_context(ctx, args, output)
         return output
-    name,once = self.f.__name__,once_differentiable(backward)
-    self.function = _autograd_function(name, forward=self.f, setup_context=setup_context, backward=backward)
-    self.short = _autograd_function(name, forward=forward, backward=once)
+    self._differentiate(setup_context, backward)
+    self.short = _autograd_function(self.f.__name__, forward=forward,
+                                    backward=backward if again else once_differentiable(backward))
 
 # %% ../nbs/01_ops.ipynb #6759d89d
 def operator(
@@ -351,7 +366,8 @@ def _(dW, key): return torch.empty_like(dW, memory_format=torch.contiguous_forma
 
 def _keep_key(ctx, inputs, output): ctx.key = inputs[1]
 def _revealed_gradient(ctx, dW): return _revealed_backward(dW, ctx.key),None
-revealed.register_autograd(_revealed_gradient, setup_context=_keep_key)
+revealed.register_autograd(_revealed_gradient, setup_context=_keep_key, again=True)
+_revealed_backward.register_autograd(lambda ctx, ddW: (ddW,None), setup_context=_keep_key, again=True)
 
 # %% ../nbs/01_ops.ipynb #390db33d
 def _sum_squares(
@@ -503,7 +519,48 @@ def _gradients_by(op, bias_dims):
         return (dx if need[0] else None, dv if need[1] else None, db, *[None]*(ctx.n_inputs-3))
     return f
 
-_linear.register_autograd(_gradients_by(_linear_backward, (0,)), setup_context=_keep_operands)
+_linear.register_autograd(_gradients_by(_linear_backward, (0,)), setup_context=_keep_operands, again=True)
+
+# %% ../nbs/01_ops.ipynb #a2b96fdd
+def _keep_all(ctx, inputs, output):
+    "Keep what the derivative of a gradient needs"
+    dy,x,values,*rest = inputs
+    n = sum(isinstance(o, Tensor) for o in rest)
+    ctx.save_for_backward(dy, x, values, *rest[:n])
+    ctx.rest,ctx.n_inputs = rest[n:],len(inputs)
+
+def _gradients_again_by(forward, op):
+    "Autograd formula of `op`, the gradient of operator `forward`"
+    def f(ctx, gx, gv):
+        (dy,x,v,*tensors),(*rest,need_x,need_values) = ctx.saved_tensors,ctx.rest
+        def product(x, v): return forward(x, v, None, *tensors, *rest)
+        def gradients(x, v, *need): return op(dy, x, v, *tensors, *rest, *need)
+        terms = [(gx,v)]*need_x + [(x,gv)]*need_values if ctx.needs_input_grad[0] else []
+        ddy = sum(product(*o) for o in terms[1:]) + product(*terms[0]) if terms else None
+        dx = gradients(x, gv, True, False)[0] if need_values and ctx.needs_input_grad[1] else None
+        dv = gradients(gx, v, False, True)[1] if need_x and ctx.needs_input_grad[2] else None
+        return ddy,dx,dv,*[None]*(ctx.n_inputs-3)
+    return f
+
+_linear_backward.register_autograd(_gradients_again_by(_linear, _linear_backward), setup_context=_keep_all, again=True)
+
+# %% ../nbs/01_ops.ipynb #cc00c123
+def _front(a, dim, n):
+    "A tensor whose samples are counted in front; one that all samples share is repeated"
+    return a.expand(n, *a.shape) if dim is None else a.movedim(dim, 0)
+
+def _batched(op, n_inputs, gradient=False):
+    "Rule of `vmap` for a product with `n_inputs` inputs in front of the values"
+    def rule(info, dims, *args):
+        n,alone = info.batch_size,any(isinstance(d, int) for d in dims[n_inputs:]) or gradient and args[-1]
+        if alone: return _one_by_one(op, n, dims, args)
+        sizes = [_front(a, d, n) for a,d in zip(args[:n_inputs], dims)]
+        out = op(*(a.flatten(0, 1) for a in sizes), *args[n_inputs:])
+        if not gradient: return out.unflatten(0, (n,-1)),0
+        return (out[0].unflatten(0, (n,-1)) if args[-2] else out[0],out[1]),(0 if args[-2] else None,None)
+    return rule
+
+_linear.batched,_linear_backward.batched = _batched(_linear, 1),_batched(_linear_backward, 2, True)
 
 # %% ../nbs/01_ops.ipynb #343e2ad9
 def block_linear(
@@ -575,7 +632,9 @@ def _(dy, x, values, *args):
     dx = _empty_like(x, x.shape) if need_x else x.new_empty(0)
     return dx,values.new_empty(values.shape if need_values else 0)
 
-_conv2d.register_autograd(_gradients_by(_conv2d_backward, (0,2,3)), setup_context=_keep_operands)
+_conv2d.register_autograd(_gradients_by(_conv2d_backward, (0,2,3)), setup_context=_keep_operands, again=True)
+_conv2d_backward.register_autograd(_gradients_again_by(_conv2d, _conv2d_backward), setup_context=_keep_all, again=True)
+_conv2d.batched,_conv2d_backward.batched = _batched(_conv2d, 1),_batched(_conv2d_backward, 2, True)
 
 # %% ../nbs/01_ops.ipynb #a584e181
 def block_conv2d(
@@ -590,6 +649,29 @@ def block_conv2d(
     "`F.conv2d` with a shuffled-block weight"
     _check_mixture(x, values)
     return _conv2d(x, values, bias, s.rows, s.group_ptr, s.cols, checksum, s.block_size, *s.shape, *a, key, chosen())
+
+# %% ../nbs/01_ops.ipynb #9b0f126f
+def block_conv_transpose2d(
+    x:Tensor,         # (N, C, H, W)
+    values:Tensor,    # (n_blocks·B, B)
+    bias:Tensor,      # (O,) or None
+    s:ShuffledBlocks, # structure of the weight, C × O/groups·kh·kw
+    a:ConvArgs,       # geometry of the convolution that is reversed
+    extra=(0,0),      # rows and columns more at the end, less than the stride
+    key:int=0, checksum:Tensor=None, # as in `block_conv2d`
+)->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
+    "`F.conv_transpose2d` with a shuffled-block weight"
+    _check_mixture(x, values)
+    if x.dim()!=4 or x.shape[1]!=s.shape[0]:
+        raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (N, {s.shape[0]}, H, W)')
+    size = [(n-1)*t - 2*p + d*(k-1) + 1 + e
+            for n,k,t,p,d,e in zip(x.shape[2:], a.kernel_size, a.stride, a.padding, a.dilation, extra)]
+    if min(size)<1: raise RuntimeError(f'images of {tuple(x.shape[2:])} would become {tuple(size)}: expected more')
+    tensors = s.rows, s.group_ptr, s.cols
+    if _unwatched(x, values): structure_of(tensors, s.block_size, tuple(s.shape), a.groups, checksum)
+    like = _empty_like(x, (len(x), s.shape[1]//math.prod(a.kernel_size)*a.groups, *size))
+    y = _conv2d_backward(x, like, values, *tensors, checksum, s.block_size, *s.shape, *a, key, chosen(), True, False)[0]
+    return y if bias is None else y + bias.view(-1,1,1)
 
 # %% ../nbs/01_ops.ipynb #4f627151
 def _counts(*ops):

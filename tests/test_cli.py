@@ -115,7 +115,8 @@ def test_original_options():
                ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
         defaults = {names[-1]: default for _, options in option_groups() for names, _, default, _ in options}
         for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
-            assert defaults.get(option, defaults.get('--learning-rate')) == getattr(c, field)
+            usual = defaults.get(option, defaults.get('--learning-rate'))
+            assert (usual[recipe] if isinstance(usual, dict) else usual) == getattr(c, field)
 
 @pytest.mark.parametrize('recipe, words', [
     ('cifar', '--data_set cifar10 --data_dir D --model wrn-22-2 --lr 0.1 --batch_size 128 --sparsity 0.9 --epochs 160 --T_end 75000 --T 100 --block_size 16'),
@@ -132,6 +133,17 @@ def test_documented_commands(recipe, words):
     for name, value in zip(words[::2], words[1::2]): assert str(getattr(c, name[2:])) == value
     settled = c.settled(391)
     assert (settled.T, settled.T_end) == (c.T, c.T_end)
+
+def test_vision_transformers_go_by_their_own_recipe():
+    "AdamW, warm-up, cosine and smoothed labels unless another recipe is asked for, whatever the command"
+    from dsb.cli import options_to_config, parse_options, train_parser
+    from dsb.training.config import RECIPES, TrainConfig
+    def config(words, recipe): return TrainConfig(**options_to_config(vars(parse_options(train_parser(recipe), words.split())), recipe))
+    for recipe in 'cifar', 'imagenet':
+        c, r = config('--model ViT-Tiny --data_set glyphs', recipe), RECIPES['vit']
+        assert (c.recipe, c.lr, c.weight_decay, c.epochs, r.optimizer) == ('vit', r.lr, r.weight_decay, r.epochs, 'adamw')
+        c = config('--model vit-small --recipe short --lr .05', recipe)
+        assert (c.recipe, c.lr, c.weight_decay) == ('short', .05, 1e-4)
 
 def test_no_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
@@ -357,6 +369,35 @@ def test_export(run, capsys, tmp_path):
     assert int(hits)/64 == json.loads((run/'summary.json').read_text(encoding='utf-8'))['best_acc']
     assert 'cannot write to' in ends(capsys, 2, ['export', run, '--out', run/'last.pt/x.pt'])
     assert main(['export', str(run), '--out', str(tmp_path/'new/w.pt')]) == 0
+
+def test_eval(run, capsys):
+    "What is said of a folder is its best model's accuracy, and nothing is written"
+    before = {p: p.stat().st_mtime_ns for p in run.rglob('*')}
+    best = json.loads((run/'summary.json').read_text(encoding='utf-8'))['best_acc']
+    for path, name in (run, 'best.pt'), (run/'last.pt', 'last.pt'):
+        capsys.readouterr()
+        assert main(['train', '--eval', str(path)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f'{run/name}, epoch 1: test {best:.2%}, loss ') and ', 64 images\nmost often mistaken: ' in out
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob('*')}
+    for options, says in ('--lr 0.2', '--lr 0.2 contradicts the run in'), ('--out x', '--out with --eval'), ('--data_dir x', ''):
+        argv = ['train', '--eval', run, *options.split()]
+        if says: assert says in ends(capsys, 2, argv)
+        else: assert main(list(map(str, argv))) == 0
+    assert 'no checkpoint at' in ends(capsys, 2, ['train', '--eval', run/'nothing'])
+
+def test_confusion(run):
+    m = torch.tensor(json.loads((run/'summary.json').read_text(encoding='utf-8'))['confusion'])
+    assert m.shape == (10, 10) and m.sum() == 64 and (run/'confusion.png').stat().st_size > 1000
+    assert m.diagonal().sum().item()/64 == json.loads((run/'summary.json').read_text(encoding='utf-8'))['final_acc']
+
+def test_logger(tmp_path, capsys):
+    assert "logger='tb': expected one of csv, tensorboard" in ends(capsys, 2, ['train', *QUICK, '--logger', 'tb', '--out', tmp_path/'r'])
+    assert not (tmp_path/'r').exists()
+    assert main(['train', *QUICK, '--logger', 'csv', '--out', str(tmp_path/'r')]) == 0
+    head, row = (tmp_path/'r/metrics.csv').read_text().splitlines()
+    acc = json.loads((tmp_path/'r/metrics.jsonl').read_text(encoding='utf-8'))['test_acc']
+    assert float(dict(zip(head.split(','), row.split(',')))['test_acc']) == acc
 
 def changed(run, d, change):
     "A copy of a run whose checkpoint `change` has changed"

@@ -1,4 +1,5 @@
 "The drop-in promise on networks of others: a training step runs, the budget holds, and densify undoes it"
+import copy
 import pytest, torch
 import torch.nn as nn, torchvision.models as tv
 import dsb
@@ -12,14 +13,53 @@ def encoder():
     layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
     return nn.TransformerEncoder(layer, 2), torch.randn(2,7,128)
 
+def swin_t(): return tv.swin_t(num_classes=10), torch.randn(2,3,64,64)
+
+def timm_model(name, size=64, **kw):
+    timm = pytest.importorskip('timm', reason='timm is not installed')
+    return timm.create_model(name, num_classes=10, **kw), torch.randn(2,3,size,size)
+
+def timm_vit(): return timm_model('vit_tiny_patch16_224', img_size=64)
+def timm_mixer(): return timm_model('mixer_s16_224', img_size=64)
+
+class Logits(nn.Module):
+    "A model of transformers that gives a tensor"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x): return self.model(x)[0]
+
+def of_transformers(kind, **kw):
+    t = pytest.importorskip('transformers', reason='transformers is not installed')
+    return Logits(getattr(t, kind+'Model')(getattr(t, kind+'Config')(**kw)))
+
+def gpt2():
+    model = of_transformers('GPT2', n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=32)
+    return model, torch.randint(100, (2,9))
+def bert():
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
+    return of_transformers('Bert', **sizes), torch.randint(100, (2,9))
+def llama():
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
+    return of_transformers('Llama', **sizes), torch.randint(100, (2,9))
+def unet():
+    "Down and up again, with a transposed convolution"
+    down,up = nn.Conv2d(3,32,3, stride=2, padding=1),nn.ConvTranspose2d(64,32,2, stride=2)
+    return nn.Sequential(down, nn.ReLU(), nn.Conv2d(32,64,3, padding=1), nn.ReLU(), up), torch.randn(2,3,16,16)
+def video():
+    return nn.Sequential(nn.Conv3d(3,32,3, padding=1), nn.ReLU(), nn.Conv3d(32,32,3, stride=2)), torch.randn(2,3,6,8,8)
+def sound():
+    return nn.Sequential(nn.Conv1d(4,32,5, stride=2), nn.ReLU(), nn.ConvTranspose1d(32,32,4, stride=2)), torch.randn(2,4,40)
+
 @pytest.mark.parametrize('make,sparsity,block_size', [
+    (swin_t,.9,16), (timm_vit,.9,16), (timm_mixer,.9,16), (gpt2,.8,16), (bert,.8,16), (llama,.8,16),
+    (unet,.7,16), (video,.7,16), (sound,.6,16), (gpt2,.8,0), (unet,.7,0),
     (resnet18,.9,16), (resnet50,.9,16), (vit_b_16,.9,16), (convnext_tiny,.9,16), (encoder,.9,16),
     (mobilenet_v3_small,.8,16), # its depthwise and small layers are more than a tenth of it
     (resnet18,.9,0), (mobilenet_v3_small,.9,0), (encoder,.9,0)])
 def test_one_training_step(make, sparsity, block_size):
     torch.manual_seed(0)
     model,x = make()
-    modules = len(list(model.modules()))
+    attentions = sum(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    modules = len(list(model.modules())) + 3*attentions      # three more projections are layers
     dsb.sparsify(model, sparsity, block_size)
     s = dsb.summary(model)
     assert abs(s.active-(1-sparsity)*s.size) <= max(block_size**2, 1), s
@@ -34,12 +74,13 @@ def test_one_training_step(make, sparsity, block_size):
     assert all(p.isfinite().all() for p in model.parameters())
     assert any(not torch.equal(a,b) for a,b in zip(before, model.parameters()))
 
-@pytest.mark.parametrize('make', [resnet18, encoder, mobilenet_v3_small], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('make', [resnet18, encoder, mobilenet_v3_small, swin_t, gpt2, unet, video, sound],
+                         ids=lambda f: f.__name__)
 def test_densify_computes_the_same(make):
     torch.manual_seed(0)
     model,x = make()
     dsb.sparsify(model, .7, 8).eval()
-    plain = dsb.densify(model)
+    plain = dsb.densify(model).eval()
     assert not dsb.sparse_layers(plain)
     assert {type(m) for m in plain.modules()} <= {type(m) for m in make()[0].modules()}
     with torch.no_grad(): torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
@@ -51,6 +92,68 @@ def test_encoder_in_evaluation_mode():
     dsb.sparsify(model, .7, 8).eval()
     with torch.no_grad(): fused = model(x)
     torch.testing.assert_close(fused, model(x).detach(), rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'eval, no gradients', 'eval, compiled'])
+def test_attention_is_not_passed_by(mode):
+    "torch's encoder has shortcuts that read the weights and pass by the layers; each sparse layer computes all the same"
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, 0., batch_first=True)
+    model = dsb.sparsify(nn.TransformerEncoder(layer, 2), .7, 8).train(mode=='train')
+    plain,seen = dsb.densify(model),[]
+    assert type(plain.layers[0].self_attn) is nn.MultiheadAttention
+    x,pad = torch.randn(3,7,64),torch.arange(7)>torch.tensor([6,3,5])[:,None]
+    with torch.set_grad_enabled(mode in ('train','eval')):
+        f = torch.compile(model, backend='aot_eager') if 'compiled' in mode else model
+        for given in dict(), dict(src_key_padding_mask=pad):
+            torch.backends.mha.set_fastpath_enabled(False)
+            try: want = plain(x, **given)
+            finally: torch.backends.mha.set_fastpath_enabled(True)
+            torch.testing.assert_close(f(x, **given), want, rtol=1e-4, atol=1e-4)
+        if 'compiled' in mode: return
+        for m in dsb.sparse_layers(model).values(): m.register_forward_hook(lambda m,*_: seen.append(m))
+        model(x, src_key_padding_mask=pad)
+    assert len(seen)==len(dsb.sparse_layers(model))>6
+
+def test_a_whole_transformer():
+    "Encoder and decoder, masks, training with updates, and back"
+    torch.manual_seed(0)
+    model = dsb.sparsify(nn.Transformer(32, 4, 1, 2, 64, 0., batch_first=True), .6, 8)
+    assert len(dsb.sparse_layers(model))>=20 and not dsb.summary(model).others
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    upd = dsb.Updater(model, opt, T=2, T_end=100, rule='columns')
+    a,b,later = torch.randn(4,9,32),torch.randn(4,5,32),nn.Transformer.generate_square_subsequent_mask(5)
+    first = {n:m.mask() for n,m in dsb.sparse_layers(model).items()}
+    for _ in range(6):
+        loss = (model(a, b, tgt_mask=later, tgt_is_causal=True)-1).square().mean()
+        loss.backward(); opt.step(); opt.zero_grad(); upd.step()
+    moved = [n for n,m in dsb.sparse_layers(model).items() if not torch.equal(m.mask(), first[n])]
+    assert any('q_proj' in n for n in moved) and any('out_proj' in n for n in moved)
+    with torch.no_grad():
+        torch.testing.assert_close(dsb.densify(model)(a, b, tgt_mask=later), model(a, b, tgt_mask=later), rtol=1e-4, atol=1e-4)
+
+def test_subclasses_when_asked():
+    "timm's convolution with standardised weights stays what it is, keeps its own forward, and becomes sparse with `also`"
+    layers = pytest.importorskip('timm.layers', reason='timm is not installed')
+    torch.manual_seed(0)
+    model,x = nn.Sequential(layers.StdConv2d(16, 32, 3), nn.Conv2d(32, 32, 3)),torch.randn(2,16,8,8)
+    why = [why for _,why in dsb.summary(dsb.sparsify(copy.deepcopy(model), .5)).others.values()]
+    assert len(why)==1 and 'also=nn.Conv2d' in why[0]
+    sparse = dsb.sparsify(copy.deepcopy(model), .5, also=nn.Conv2d)
+    assert isinstance(sparse[0], layers.StdConv2d) and len(dsb.sparse_layers(sparse))==2
+    plain = dsb.densify(sparse)
+    assert type(plain[0]) is layers.StdConv2d
+    torch.testing.assert_close(sparse(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sparse[0](x), nn.functional.conv2d(x, sparse[0].dense_weight(), sparse[0].bias, padding=1))
+    sparse(x).sum().backward()
+    assert sparse[0].values.grad.abs().sum()>0
+    assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
+
+def test_complex_numbers_are_refused():
+    "Complex weights stay dense and are named; a complex input meets torch's own kind of error"
+    m = dsb.sparsify(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, dtype=torch.cfloat)), .4, 8)
+    assert [r.note for r in dsb.summary(m).rows if r.kind=='dense']==['its weight is complex64']
+    for B in (8, 0):
+        with pytest.raises(RuntimeError, match='dtype|type'): dsb.sparsify(nn.Linear(32, 32), .5, B)(torch.ones(2,32).cfloat())
 
 def test_hooks_stay():
     "Hooks on a layer that becomes sparse keep working"

@@ -107,25 +107,26 @@ def machine_code(kernel):
         text = subprocess.run([tool,'-sass',f], capture_output=True, text=True, check=True).stdout
     return [(int(a,16),op,rest) for a,op,rest in re.findall(r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][\w.]+)([^;]*);', text)]
 
-def spills(kernel): return sum(op.startswith(('STL','LDL')) for _,op,_ in machine_code(kernel))
-
-def per_matrix_instruction(kernel):
-    "Instructions of the loop that multiplies, for each product of 16×8×16 numbers"
-    found = []
-    code = machine_code(kernel)
+def shortest_loop(kernel):
+    "The innermost loop that multiplies: its instructions, and how many for each product of 16×8×16 numbers"
+    found,code = [],machine_code(kernel)
     for at,op,rest in code:
         back = op=='BRA' and re.search(r'0x([0-9a-f]+)', rest)
         if not back or int(back[1],16)>=at: continue
         loop = [o for a,o,_ in code if int(back[1],16)<=a<=at]
-        work = sum(o.startswith('HMMA.16816') or int((re.search(r'HGMMA\.64x(\d+)', o) or [0,0])[1])/8 for o in loop)
-        if work: found.append(len(loop)/work)
-    return min(found)
+        work = sum(o.startswith('HMMA') or int((re.search(r'HGMMA\.64x(\d+)', o) or [0,0])[1])/8 for o in loop)
+        if work: found.append((loop,len(loop)/work))
+    return min(found, key=lambda o: len(o[0]))
+
+def spills(kernel):
+    "Numbers that are moved to memory and back where it would cost time"
+    return sum(o.startswith(('STL','LDL')) for o in shortest_loop(kernel)[0])
 
 @pytest.mark.parametrize('capability,tile,before', [(90,0,18.8), (80,1,18.0)])
 def test_loop_is_short(capability, tile, before):
     "Tables instead of address arithmetic: the loop of the kernels before them had 301 and 288 instructions for 16 matrix instructions"
     k = compiled('forward', tile, 'bf16', capability, 32, 'ieee')
-    assert per_matrix_instruction(k)<before/3
+    assert shortest_loop(k)[1]<before/3
 
 @pytest.mark.parametrize('capability', [80,90])
 def test_tf32_is_rounded(capability):

@@ -627,7 +627,8 @@ class _ZipTree(_Tree):
     def content(self, name):
         "The bytes of file `name`"
         try:
-            if self.files[name].file_size>_LARGEST: raise ValueError('it claims to be larger than any file of the data set')
+            large = self.files[name].file_size>_LARGEST
+            if large: raise ValueError('it claims to be larger than any file of the data set')
             with self.lock: return self.zip.read(self.files[name])
         except Exception as e: raise _damaged(self.path, name, e) from None
 
@@ -782,7 +783,8 @@ def _load(self:FolderData, batches):
         raise DataError(str(e).strip().splitlines()[-1].removeprefix('dsb.training.data.DataError: ')) from None
     except RuntimeError as e:
         if not str(e).startswith('DataLoader worker'): raise
-        raise DataError(f'a process that reads images has ended ({_one_line(e)}); fewer --workers need less memory') from None
+        says = f'a process that reads images has ended ({_one_line(e)})'
+        raise DataError(f'{says}; fewer --workers need less memory') from None
 
 # %% ../../nbs/training/03_data.ipynb #2cb05ed4
 @patch

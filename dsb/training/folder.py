@@ -27,7 +27,7 @@ def save_whole(
 ):
     "`torch.save` that leaves the old file or the new one, never half of one; OSError where the disk is full"
     try:
-        with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(obj, f)   # by name, torch would write that down too
+        with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(obj, f)   # it would write down a name, too
     except RuntimeError as e:                       # of torch's writer, in which the system's error was lost
         if isinstance(e.__context__, OSError): raise e.__context__ from None
         raise
@@ -184,8 +184,8 @@ def writing(self:Claim):
     if not self.held:
         with holding(self, lambda: False), self.writing(): yield
         return
-    moved = Trouble(f"{self.path} was removed, moved or replaced while the run was going on: nothing more can be saved; "
-                    "continue with --resume and where the folder is now")
+    moved = Trouble(f"{self.path} was removed, moved or replaced while the run was going on: nothing more can be "
+                    "saved; continue with --resume and where the folder is now")
     if not self.is_there(): raise moved
     try:
         yield
@@ -202,7 +202,8 @@ def is_out_of_memory(
     "Does it say that there was not enough memory?"
     says = str(e).lower()
     words = 'out of memory', "can't allocate memory", 'cannot allocate memory', 'bad_alloc', 'not enough memory'
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(w in says for w in words)
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
+    return isinstance(e, RuntimeError) and any(w in says for w in words)
 
 # %% ../../nbs/training/07_folder.ipynb #7231080f
 FORMAT = {'name': 'dsb-run', 'version': 2}
@@ -354,8 +355,8 @@ FIELDS = dict(
               world=_whole(1), n_val=_whole()),
     model={str: _TENSOR}, opt=_OPT, best=dict(acc=_real(-1, 1), epoch=_whole()), start={str: _BYTES}, history=[_ROW],
     rng=[[_BYTES]], step=_whole(), epoch=_whole(), batch=_whole(), seconds=_real(0), updates=[_UPDATE],
-    skipped=[_whole()], times=[_real(0)], sums=Expected('three finite numbers', lambda t: _finite(t) and t.dtype is torch.float64
-                                    and t.shape == (3,)))
+    skipped=[_whole()], times=[_real(0)],
+    sums=Expected('three finite numbers', lambda t: _finite(t) and t.dtype is torch.float64 and t.shape == (3,)))
 _KEYS = {'format', 'checksum', 'config', 'upd', *FIELDS}
 
 # %% ../../nbs/training/07_folder.ipynb #2a60f9d3
@@ -391,11 +392,13 @@ def _check_history(ck, config):
 def _check_counters(ck, config):
     "Raise unless the counters of a checkpoint agree"
     per, epoch, batch, upd = ck['info']['steps_per_epoch'], ck['epoch'], ck['batch'], ck['upd']
-    _require(config.start_epoch <= epoch <= config.epochs, f"epoch is {epoch}, expected {config.start_epoch} to {config.epochs}")
+    least, most = config.start_epoch, config.epochs
+    _require(least <= epoch <= most, f"epoch is {epoch}, expected {least} to {most}")
     _require(batch <= per, f"batch is {batch}, expected at most {per}")
     _require(ck['step'] == epoch*per + batch, f"step is {ck['step']}, expected {epoch*per + batch}")
     steps = ck['skipped'] + [u['step'] for u in ck['updates']]
-    _require(all(ck['step']-batch <= s < ck['step'] for s in steps), f"steps {steps} are not of the epoch that is going on")
+    now = all(ck['step']-batch <= s < ck['step'] for s in steps)
+    _require(now, f"steps {steps} are not of the epoch that is going on")
     _require(len(ck['times']) <= batch, f"times has {len(ck['times'])} entries, expected at most {batch}")
     _require(len(ck['rng']) == ck['info']['world'], f"rng has {len(ck['rng'])} states, expected {ck['info']['world']}")
     if config.method in DENSE: return _require(upd is None, f"upd is {_shown(upd)}, expected None with {config.method}")
@@ -423,7 +426,8 @@ def _checked(path):
     _check_format(path, ck)
     _check_seal(path, ck)
     try: check_checkpoint(ck)
-    except ValueError as e: raise ValueError(f"{path} does not fit this dsb: {e}; try one beside it, or start anew") from None
+    except ValueError as e:
+        raise ValueError(f"{path} does not fit this dsb: {e}; try one beside it, or start anew") from None
     return ck
 
 # %% ../../nbs/training/07_folder.ipynb #8fb6c90d

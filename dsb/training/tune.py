@@ -154,7 +154,8 @@ def _choose_dense(model, x, decide=dense_is_faster):
     "Measure the layers of a model that gets the batch `x`, and say what came of it"
     from dsb.core import say
     from dsb.sparsify import sparse_layers
-    layers = {n: m for n,m in sparse_layers(model).items() if m.block_size and not getattr(m, 'pad_first', ())}
+    def plain(m): return m.block_size and not m.indirect and not getattr(m, 'pad_first', ())
+    layers = {n: m for n,m in sparse_layers(model).items() if plain(m)}
     found = {}
     def see(n, x):
         if x.dim()!=3 or not hasattr(layers[n], 'args'): found[n] = decide(layers[n], x) or found.get(n, False)
