@@ -393,8 +393,9 @@ def pruned(
     if not s.block_size:
         stay = ~plan_drops(w.values, s, s.nnz-b.active).view(-1)
         return Unstructured(s.flat[stay], s.shape, check=False)
-    worth = torch.full((s.n_groups*s.shape[1],), -torch.inf, device=s.cols.device)
-    worth = worth.index_copy_(0, _places(s), mean_square(w)-before).view(s.n_groups, -1)
+    grown = mean_square(w)-before
+    worth = grown.new_full((s.n_groups*s.shape[1],), -torch.inf)
+    worth = worth.index_copy_(0, _places(s), grown).view(s.n_groups, -1)
     return cut_blocks(worth, s.rows, b.n_blocks, s.block_size, s.shape, b.n_short)
 
 # %% ../../nbs/structure/06_rules.ipynb #7eb8ee4d

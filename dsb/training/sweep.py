@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from ..core import markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..structure.methods import DENSE, METHODS, ignored
-from .config import OPEN, TrainConfig, check_types
+from .config import OPEN, RECIPES, TrainConfig, check_types, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import INK, NEW, SOFT, figure, plain_axes
@@ -187,12 +187,20 @@ def chosen(
         runs = [r for r in runs if str(r.keys.get(key)) in keep]
     return runs
 
+# %% ../../nbs/training/10_sweep.ipynb #953bbb15
+def _usual(config):
+    "The defaults of a config's fields, with those that its recipe has"
+    usual = usual_recipe(config.get('model', DEFAULTS['model']))
+    r = RECIPES.get(config.get('recipe') or usual)
+    return DEFAULTS | dict(recipe=usual) | {k: getattr(r, k) for k in ('lr', 'weight_decay') if r}
+
 # %% ../../nbs/training/10_sweep.ipynb #5963f315
 def differs(
     config:dict, # fields of a `TrainConfig`
 )->dict:
     "The fields that are not the default"
-    return {k: v for k, v in config.items() if k not in DEFAULTS or v != DEFAULTS[k]}
+    usual = _usual(config)
+    return {k: v for k, v in config.items() if k not in usual or v != usual[k]}
 
 # %% ../../nbs/training/10_sweep.ipynb #aa478e5d
 def command(
@@ -370,7 +378,7 @@ def _agree(run, there, where, remedy):
     "Raise if `there`, as `differs` gives it, is not the config of `run`"
     here, free = differs(asdict(run.config)), {*MAY_CHANGE, *(k for k in OPEN if getattr(run.config, k) is None)}
     for k in sorted((here.keys() | there.keys()) - free):
-        a, b = (d.get(k, DEFAULTS.get(k)) for d in (there, here))
+        a, b = (d.get(k, _usual(d).get(k)) for d in (there, here))
         if a != b: raise ValueError(f"{run}: {where} has this run with {k}={a!r}, now it is {k}={b!r}; {remedy}")
 
 # %% ../../nbs/training/10_sweep.ipynb #14c5d0c5
