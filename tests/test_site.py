@@ -110,11 +110,14 @@ class Reader(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.ids,self.loads,self.links,self.tags,self.words = set(),[],[],set(),[]
+        self.tables,self.before = [],{}     # for each table the attributes of the tag before it
         self.feed(html)
         self.text = ''.join(self.words)
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.add(tag)
+        if tag=='table': self.tables.append(self.before)
+        self.before = attrs
         if 'id' in attrs: self.ids.add(attrs['id'])
         if attrs.get('href') and tag=='a': self.links.append(attrs['href'])
         elif attrs.get('href') or attrs.get('src'): self.loads.append(attrs.get('href') or attrs['src'])
@@ -161,13 +164,32 @@ def test_build_spares_other_folders(small):
     with pytest.raises(ValueError, match='no site'): build(small/'nbs', small)
     assert (small/'nbs/index.ipynb').exists()
 
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The site of this project"
+    folder = tmp_path_factory.mktemp('built')/'site'
+    build(folder, project.root)
+    return folder
+
+@pytest.fixture(scope='module')
+def pages(site): return check_site(site)
+
 @needs_zensical
-def test_site_of_this_project(tmp_path):
-    build(tmp_path/'site', project.root)
-    pages = check_site(tmp_path/'site')
+def test_site_of_this_project(pages):
     for nb in project.notebooks():
         name = page_name(nb.relative_to(project.nbs).as_posix()).replace('.md', '.html')
         names = [s.name for c in read_cells(nb) if c.exported for s in symbols(c) if s.public]
         missing = [o for o in names if o.lower() not in pages[name].ids]
         assert not missing, f'{name} lacks {missing}'
         for o in nb.parent.glob('*.html'): pytest.fail(f'{o}: built pages do not belong beside notebooks')
+
+@needs_zensical
+def test_tables_scroll(pages):
+    for name,p in pages.items():
+        for o in p.tables:
+            assert (o.get('class'), o.get('tabindex'), o.get('role')) == ('scroll','0','region'), name
+            assert o['aria-label'], f'{name}: a table without a label'
+    assert sum(len(p.tables) for p in pages.values()) > 100
+    assert 'cpu-layers-4.json' in pages['explanations/cpu.html'].text, 'a break inside of a word'
+    rules = re.findall(r'[^{}]*(?:code|pre|td)[^{}]*\{[^}]*nowrap', (project.nbs/'styles.css').read_text())
+    assert not rules, f'code in cells must wrap: {rules}'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'Project', 'page_name', 'section_of', 'part_of', 'Cell', 'read_cells', 'refresh', 'comments',
            'Symbol', 'symbols', 'Page', 'link_index', 'outside_fences', 'add_links', 'page_links', 'mathml', 'lists',
-           'fence', 'plain', 'show_output', 'readme_text', 'readme', 'is_cpp', 'page_text', 'write_pages', 'build',
-           'main']
+           'fence', 'plain', 'show_output', 'readme_text', 'readme', 'is_cpp', 'page_text', 'write_pages', 'scrolling',
+           'finish', 'build', 'main']
 
 # %% ../../nbs/dev/01_site.ipynb #3622bf6a
 import ast,base64,io,json,posixpath,re,shutil,subprocess,sys,tempfile,tokenize
@@ -554,6 +554,29 @@ def _zensical(folder):
     r = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace')
     if r.returncode: raise RuntimeError(f'zensical failed:\n{r.stdout}{r.stderr}')
 
+# %% ../../nbs/dev/01_site.ipynb #b75234b4
+def _words(html): return re.sub(r'<[^>]*>', '', html.replace('&para;', '')).replace('"', '&quot;').strip()
+
+def scrolling(
+    html:str, # a built page
+)->str:       # the same, with frames around its tables
+    "Let wide tables scroll, by keyboard too, under the name of the heading above"
+    name = 'Table'
+    def frame(m):
+        nonlocal name
+        if m[1] is not None: name = _words(m[1]) or name; return m[0]
+        table = re.sub(r'<code>[^<]*</code>', lambda c: re.sub(r',(?=\S)', ',<wbr>', c[0]), m[0])
+        return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
+    return re.sub(r'<h[1-6][^>]*>(.*?)</h[1-6]>|<table\b.*?</table>', frame, html, flags=re.S)
+
+# %% ../../nbs/dev/01_site.ipynb #64335fae
+def finish(
+    site, # folder of a built site
+):
+    "Change the pages that the generator has written"
+    for f in sorted(Path(site).rglob('*.html')):
+        write_whole(f, scrolling(f.read_text(encoding='utf-8')))
+
 # %% ../../nbs/dev/01_site.ipynb #668245fe
 def build(
     dest='_site', # folder of the site, replaced if it exists
@@ -566,6 +589,7 @@ def build(
     with tempfile.TemporaryDirectory() as tmp:
         write_pages(p, tmp)
         _zensical(tmp)
+        finish(Path(tmp)/'site')
         shutil.rmtree(dest, ignore_errors=True)
         shutil.copytree(Path(tmp)/'site', dest)
 
