@@ -111,12 +111,14 @@ class Reader(HTMLParser):
         super().__init__()
         self.ids,self.loads,self.links,self.tags,self.words = set(),[],[],set(),[]
         self.tables,self.before = [],{}     # for each table the attributes of the tag before it
+        self.pictures = []                  # attributes
         self.feed(html)
         self.text = ''.join(self.words)
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.add(tag)
         if tag=='table': self.tables.append(self.before)
+        if tag=='img': self.pictures.append(attrs)
         self.before = attrs
         if 'id' in attrs: self.ids.add(attrs['id'])
         if attrs.get('href') and tag=='a': self.links.append(attrs['href'])
@@ -155,6 +157,7 @@ def test_site_of_a_small_project(small):
     order = [index.text.index(o) for o in ('Learn', 'First steps', 'Understand', 'Why', 'Reference', 'area')]
     assert order==sorted(order), 'order of the navigation'
     assert 'Area of a circle' in (small/'site/search.json').read_text()
+    assert area.pictures[0]['alt']=='Two'
     assert 'draw()' not in index.text and 'a dot' in (small/'site/index.html').read_text()
     nested = r'<li>\s*<p>one</p>\s*<ul>\s*<li>half</li>|<li>one\s*<ul>\s*<li>half</li>'
     assert re.search(nested, (small/'site/area.html').read_text()), 'nested list'
@@ -193,3 +196,10 @@ def test_tables_scroll(pages):
     assert 'cpu-layers-4.json' in pages['explanations/cpu.html'].text, 'a break inside of a word'
     rules = re.findall(r'[^{}]*(?:code|pre|td)[^{}]*\{[^}]*nowrap', (project.nbs/'styles.css').read_text())
     assert not rules, f'code in cells must wrap: {rules}'
+
+@needs_zensical
+def test_pictures_have_words(pages):
+    bare = [(name, o.get('src', '')[:60]) for name,p in pages.items() for o in p.pictures if not o.get('alt')]
+    assert not bare, f'no alt text: {bare}'
+    words = [o['alt'] for p in pages.values() for o in p.pictures]
+    assert len(words)>60 and not [o for o in words if re.search(r'[`$*\]\[]|^#', o)], 'Markdown in the alt text'

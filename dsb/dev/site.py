@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'Project', 'page_name', 'section_of', 'part_of', 'Cell', 'read_cells', 'refresh', 'comments',
            'Symbol', 'symbols', 'Page', 'link_index', 'outside_fences', 'add_links', 'page_links', 'mathml', 'lists',
-           'fence', 'plain', 'show_output', 'readme_text', 'readme', 'is_cpp', 'page_text', 'write_pages', 'scrolling',
-           'finish', 'build', 'main']
+           'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts', 'readme_text', 'readme', 'is_cpp',
+           'page_text', 'write_pages', 'scrolling', 'finish', 'build', 'main']
 
 # %% ../../nbs/dev/01_site.ipynb #3622bf6a
 import ast,base64,io,json,posixpath,re,shutil,subprocess,sys,tempfile,tokenize
@@ -404,7 +404,26 @@ def _visible(cell, show):
     quiet = d.get('output')=='false' or 'hide_output' in d
     return code,[] if quiet else [show(o) for o in cell.outputs]
 
-def _alt(cell): return cell.directives.get('fig-alt') or cell.directives.get('fig-cap') or ''
+# %% ../../nbs/dev/01_site.ipynb #ecd24ee5
+def last_sentence(
+    text:str, # Markdown
+)->str:       # in plain words; empty if there is nothing to say
+    "The last sentence of some prose, or its last heading"
+    blocks = [o for o in re.split(r'\n\s*\n', outside_fences('\n'+text, str)) if o.strip() and o.strip()[0] not in '|`$<']
+    words = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', ' '.join(blocks[-1].split()) if blocks else '')
+    words = re.sub(r'\\text\b|[`*$\[\]{}\\"]|^(#+|>|[-+]|\d+[.)]) ', '', words)
+    return re.split(r'(?<=[.!?:]) (?=[A-Z])', words)[-1].strip(' :')
+
+# %% ../../nbs/dev/01_site.ipynb #7e1358ad
+def alt_texts(
+    cells:list, # `Cell`s of a notebook
+)->list:        # a string for each
+    "What pictures of each cell say to those who cannot see them"
+    res,said = [],''
+    for c in cells:
+        if not c.code: said = last_sentence(c.source) or said
+        res.append(c.directives.get('fig-alt') or c.directives.get('fig-cap') or said)
+    return res
 
 # %% ../../nbs/dev/01_site.ipynb #36c5a6ba
 def _links_from_above(text, nbs):
@@ -419,8 +438,9 @@ def readme_text(
 )->str:            # Markdown
     "The README that an index notebook makes"
     md = []
-    for c in [o for o in cells if not o.hidden and not o.exported]:
-        if c.code: md += sum(_visible(c, lambda o: show_output(o, save, _alt(c), html=False)), [])
+    for c,alt in zip(cells, alt_texts(cells)):
+        if c.hidden or c.exported: continue
+        if c.code: md += sum(_visible(c, lambda o: show_output(o, save, alt, html=False)), [])
         else: md.append(_links_from_above(c.source, nbs))
     return '\n\n'.join(md) + '\n'
 
@@ -496,10 +516,10 @@ def page_text(
     "A notebook as a page of the site"
     def prose(t): return mathml(page_links(add_links(outside_fences(t, lists), index, page.name), page.dir))
     md = []
-    for c in page.cells:
+    for c,alt in zip(page.cells, alt_texts(page.cells)):
         if c.hidden: continue
         if not c.code: md.append(prose(c.source)); continue
-        code,outs = _visible(c, lambda o: prose(show_output(o, save, _alt(c))))
+        code,outs = _visible(c, lambda o: prose(show_output(o, save, alt)))
         md += [prose(o) for o in _exported(c)] if c.exported else code
         if outs: md.append('<div class="output" markdown="1">\n\n' + '\n\n'.join(outs) + '\n\n</div>')
     return '\n\n'.join(md) + '\n'
