@@ -157,7 +157,7 @@ def test_site_of_a_small_project(small):
     order = [index.text.index(o) for o in ('Learn', 'First steps', 'Understand', 'Why', 'Reference', 'area')]
     assert order==sorted(order), 'order of the navigation'
     assert 'Area of a circle' in (small/'site/search.json').read_text()
-    assert area.pictures[0]['alt']=='Two'
+    assert area.pictures[0]['alt']=='two'
     assert 'draw()' not in index.text and 'a dot' in (small/'site/index.html').read_text()
     nested = r'<li>\s*<p>one</p>\s*<ul>\s*<li>half</li>|<li>one\s*<ul>\s*<li>half</li>'
     assert re.search(nested, (small/'site/area.html').read_text()), 'nested list'

@@ -409,8 +409,10 @@ def last_sentence(
     text:str, # Markdown
 )->str:       # in plain words; empty if there is nothing to say
     "The last sentence of some prose, or its last heading"
-    blocks = [o for o in re.split(r'\n\s*\n', outside_fences('\n'+text, str)) if o.strip() and o.strip()[0] not in '|`$<']
-    words = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', ' '.join(blocks[-1].split()) if blocks else '')
+    bare = re.sub(r'^[ \t]*```.*?^[ \t]*```', '', text, flags=re.M|re.S)
+    blocks = [' '.join(o.split()) for o in re.split(r'\n\s*\n|\n(?= *(?:[-*+]|\d+[.)]) )', bare)]
+    said = [o for o in blocks if o and not o.startswith(('|','$$','<'))]
+    words = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', said[-1] if said else '')
     words = re.sub(r'\\text\b|[`*$\[\]{}\\"]|^(#+|>|[-+]|\d+[.)]) ', '', words)
     return re.split(r'(?<=[.!?:]) (?=[A-Z])', words)[-1].strip(' :')
 
