@@ -109,7 +109,7 @@ class Reader(HTMLParser):
     "Addresses, anchors and text of a page"
     def __init__(self, html):
         super().__init__()
-        self.ids,self.loads,self.links,self.tags,self.words = set(),[],[],set(),[]
+        self.ids,self.twice,self.loads,self.links,self.tags,self.words = set(),[],[],[],set(),[]
         self.tables,self.before = [],{}     # for each table the attributes of the tag before it
         self.pictures = []                  # attributes
         self.feed(html)
@@ -120,7 +120,9 @@ class Reader(HTMLParser):
         if tag=='table': self.tables.append(self.before)
         if tag=='img': self.pictures.append(attrs)
         self.before = attrs
-        if 'id' in attrs: self.ids.add(attrs['id'])
+        if 'id' in attrs:
+            if attrs['id'] in self.ids: self.twice.append(attrs['id'])
+            self.ids.add(attrs['id'])
         if attrs.get('href') and tag=='a': self.links.append(attrs['href'])
         elif attrs.get('href') or attrs.get('src'): self.loads.append(attrs.get('href') or attrs['src'])
     def handle_data(self, data): self.words.append(data)
@@ -183,6 +185,9 @@ def test_site_of_this_project(pages):
         name = page_name(nb.relative_to(project.nbs).as_posix()).replace('.md', '.html')
         names = [s.name for c in read_cells(nb) if c.exported for s in symbols(c) if s.public]
         missing = [o for o in names if o.lower() not in pages[name].ids]
+        twins = {o for o in set(names) if sum(n.lower()==o.lower() for n in set(names))>1}
+        wanting = [o for o in {n.lower() for n in twins} if f'{o}-2' not in pages[name].ids]
+        assert not wanting and not pages[name].twice, (name, wanting, pages[name].twice)
         assert not missing, f'{name} lacks {missing}'
         for o in nb.parent.glob('*.html'): pytest.fail(f'{o}: built pages do not belong beside notebooks')
 
@@ -203,3 +208,22 @@ def test_pictures_have_words(pages):
     assert not bare, f'no alt text: {bare}'
     words = [o['alt'] for p in pages.values() for o in p.pictures]
     assert len(words)>60 and not [o for o in words if re.search(r'[`$*\]\[]|^#', o)], 'Markdown in the alt text'
+
+def luminance(color):
+    "By the definition of WCAG 2, from #rrggbb"
+    parts = [int(color[i:i+2], 16)/255 for i in (1,3,5)]
+    return sum(w*(c/12.92 if c<=.04045 else ((c+.055)/1.055)**2.4) for w,c in zip((.2126,.7152,.0722), parts))
+
+def contrast(a, b):
+    dark,light = sorted((luminance(a), luminance(b)))
+    return (light+.05)/(dark+.05)
+
+def test_active_entry_can_be_read():
+    assert round(contrast('#000000', '#ffffff'), 6)==21
+    pairs = re.findall(r'--here: (#\w{6}); --here-bg: (#\w{6})', (project.nbs/'styles.css').read_text())
+    assert len(pairs)==2 and all(contrast(*o)>=4.5 for o in pairs), [(o, contrast(*o)) for o in pairs]
+
+@needs_zensical
+def test_formulas(site):
+    words = (site/'kernels/cpu.html').read_text()
+    assert words.count('<mo>+=</mo>')>=3 and '<mo>&#x02032;</mo>' in words and '<mi>&#x02032;</mi>' not in words

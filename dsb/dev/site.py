@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'Project', 'page_name', 'section_of', 'part_of', 'Cell', 'read_cells', 'refresh', 'comments',
-           'Symbol', 'symbols', 'Page', 'link_index', 'outside_fences', 'add_links', 'page_links', 'mathml', 'lists',
-           'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts', 'readme_text', 'readme', 'is_cpp',
+           'Symbol', 'symbols', 'Page', 'anchors', 'link_index', 'outside_fences', 'add_links', 'page_links', 'mathml',
+           'lists', 'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts', 'readme_text', 'readme', 'is_cpp',
            'page_text', 'write_pages', 'scrolling', 'finish', 'build', 'main']
 
 # %% ../../nbs/dev/01_site.ipynb #3622bf6a
@@ -258,12 +258,24 @@ class Page:
         self.title = head.splitlines()[0][2:].strip()
         self.module = next((o.directives['default_exp'] for o in self.cells if 'default_exp' in o.directives), None)
 
+# %% ../../nbs/dev/01_site.ipynb #ec0b370f
+def anchors(
+    page:Page, # page of a module
+)->dict:       # name -> anchor
+    "Where on its page each public function and class is"
+    res = {}
+    for s in [o for c in page.cells if c.exported for o in symbols(c) if o.public]:
+        twins = sum(o.lower()==s.name.lower() for o in res if o!=s.name)
+        res.setdefault(s.name, s.name.lower() + (f'-{twins+1}' if twins else ''))
+    return res
+
 # %% ../../nbs/dev/01_site.ipynb #deb9b2e9
 def _addresses(page):
     "(name, address) of what a page documents: functions, classes and their methods"
+    at = anchors(page)
     for s in [o for c in page.cells if c.exported for o in symbols(c) if o.public]:
         methods = [f'{s.name}.{m}' for m in s.methods if m[0]!='_']
-        for n in [s.name, *methods]: yield n, f'{page.name}#{s.name.lower()}'
+        for n in [s.name, *methods]: yield n, f'{page.name}#{at[s.name]}'
 
 # %% ../../nbs/dev/01_site.ipynb #9ae6d147
 def link_index(
@@ -327,13 +339,19 @@ def page_links(
     return outside_fences(text, lambda t: re.sub(r'(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)', fix, t))
 
 # %% ../../nbs/dev/01_site.ipynb #44f93417
+def _formula(tex, display='inline'):
+    "A formula as MathML"
+    from latex2mathml.converter import convert
+    m = convert(tex, display=display).replace('<mi>&#x02032;</mi>', '<mo>&#x02032;</mo>')
+    plus,equals = r'<mo>(?:<mrow><mo>)?&#x0002B;(?:</mo></mrow>)?</mo>','<mo>&#x0003D;</mo>'
+    return re.sub(plus+equals, '<mo>+=</mo>', m)
+
 def mathml(
     text:str, # Markdown with LaTeX between dollar signs
 )->str:       # Markdown with MathML
     "Turn formulas into MathML"
-    from latex2mathml.converter import convert
-    def block(m): return convert(m[1].strip(), display='block')
-    def inline(m): return convert(m[1])
+    def block(m): return _formula(m[1].strip(), display='block')
+    def inline(m): return _formula(m[1])
     def f(t):
         t = re.sub(r'\$\$(.+?)\$\$', block, t, flags=re.S)
         return re.sub(r'(?<![\\$\w])\$(?=\S)([^$]+?)(?<=\S)\$(?![\d$])', inline, t)
@@ -497,16 +515,16 @@ def _folded(cell, names):
     source = fence(cell.source, 'python')
     return f'<details class="source" markdown="1"><summary>{head}</summary>\n\n{source}\n\n</details>'
 
-def _documented(s):
-    "A symbol under a heading that links can lead to"
-    return f'### {s.name} {{ #{s.name.lower()} }}\n\n' + s._repr_markdown_().partition('\n\n')[2]
+def _documented(s, at):
+    "A symbol under a heading that links can lead to, by its anchor in `at`"
+    return f'### {s.name} {{ #{at.get(s.name, s.name.lower())} }}\n\n' + s._repr_markdown_().partition('\n\n')[2]
 
-def _exported(cell):
-    "Documentation of an exported cell"
+def _exported(cell, at):
+    "Documentation of an exported cell; `at` is the page's `anchors`"
     syms,body = symbols(cell),ast.parse(cell.source).body
     if all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in body): return []
     if not syms: return _cpp(cell.source) or [fence(cell.source, 'python')]
-    docs = [_documented(s) for s in syms if s.public]
+    docs = [_documented(s, at) for s in syms if s.public]
     return [*docs, _folded(cell, [s.name for s in syms] if not docs else [])]
 
 # %% ../../nbs/dev/01_site.ipynb #5d6d19fb
@@ -517,12 +535,12 @@ def page_text(
 )->str:         # Markdown for the site generator
     "A notebook as a page of the site"
     def prose(t): return mathml(page_links(add_links(outside_fences(t, lists), index, page.name), page.dir))
-    md = []
+    md,at = [],anchors(page)
     for c,alt in zip(page.cells, alt_texts(page.cells)):
         if c.hidden: continue
         if not c.code: md.append(prose(c.source)); continue
         code,outs = _visible(c, lambda o: prose(show_output(o, save, alt)))
-        md += [prose(o) for o in _exported(c)] if c.exported else code
+        md += [prose(o) for o in _exported(c, at)] if c.exported else code
         if outs: md.append('<div class="output" markdown="1">\n\n' + '\n\n'.join(outs) + '\n\n</div>')
     return '\n\n'.join(md) + '\n'
 
