@@ -1,5 +1,5 @@
 "The README and the documentation site: made from a small project, and from this one"
-import base64, json, os, re, shutil, subprocess, sys
+import base64, json, os, re, runpy, shutil, subprocess, sys
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,12 +131,13 @@ def check_site(site):
     "Nothing comes from the network, and what pages of the site link to is there; returns name -> Reader"
     pages = {o.relative_to(site).as_posix():Reader(o.read_text()) for o in site.rglob('*.html')}
     for name,p in pages.items():
-        if name=='404.html': continue
         away = [o for o in p.loads if re.match(r'(https?:)?//', o)]
         assert not away, f'{name} loads from elsewhere: {away}'
         for o in p.loads+p.links:
             if re.match(r'[a-z]+:', o): continue
             file,_,anchor = unquote(o).partition('#')
+            if name=='404.html': assert o[0] in '/#', f'{o}: a 404 page can be shown anywhere'
+            file = file.lstrip('/') or ('index.html' if file else '')
             to = os.path.normpath(os.path.join(os.path.dirname(name), file)) if file else name
             if to in ('.', ''): to = 'index.html'
             if to=='index.html' and not (project.nbs/'index.ipynb').exists(): continue
@@ -227,3 +228,53 @@ def test_active_entry_can_be_read():
 def test_formulas(site):
     words = (site/'kernels/cpu.html').read_text()
     assert words.count('<mo>+=</mo>')>=3 and '<mo>&#x02032;</mo>' in words and '<mi>&#x02032;</mi>' not in words
+
+@needs_zensical
+def test_page_for_wrong_addresses(pages):
+    lost = pages['404.html']
+    assert 'Search' in lost.text and '404 - ' not in lost.text
+    ways = lost.text.partition('There is no such page')[2]
+    at = [ways.index(o) for o in ('Start', 'Learn', 'Understand', 'Reference', 'All names')]
+    assert at==sorted(at) and {'/tutorials/first.html', '/init.html', '/names.html'} <= set(lost.links)
+
+@needs_zensical
+def test_all_names(pages):
+    modules = runpy.run_path(project.root/project.lib/'_modidx.py')['d']['syms']
+    public = {k.removeprefix(f'{m}.') for m,names in modules.items() for k in names if not re.search(r'\._', k)}
+    assert len(public)>500
+    words = set(re.findall(r'[\w.]+', pages['names.html'].text))
+    missing = [o for o in sorted(public) if o not in words and o.rpartition('.')[2] not in words]
+    assert not missing, f'not in the table of all names: {missing}'
+
+@needs_zensical
+def test_api_is_first_and_linked(pages):
+    import dsb
+    api,start = pages['init.html'],pages['index.html'].links
+    assert not re.search(r'(?<!_)_all_(?!_)', api.text) and api.text.count('API')>1
+    missing = [o for o in dsb.__all__ if not [k for k in api.links if re.search(rf'#{o.lower()}(-\d)?$', k)]]
+    assert not missing, f'not linked: {missing}'
+    at = [next(i for i,o in enumerate(start) if o.endswith(k)) for k in ('init.html','names.html','core.html')]
+    assert at==sorted(at)
+
+@needs_zensical
+def test_notebooks_and_sources_are_there(site, pages):
+    for nb in project.notebooks():
+        name = nb.relative_to(project.nbs)
+        page = page_name(name.as_posix()).replace('.md', '.html')
+        assert name.name in pages[page].links and (site/name).read_bytes()==nb.read_bytes(), page
+    assert '../dsb/structure/blocks.py' in pages['structure/blocks.html'].links
+    assert (site/'dsb/structure/blocks.py').read_bytes()==(project.root/'dsb/structure/blocks.py').read_bytes()
+    assert not [(k,o) for k,p in pages.items() for o in p.links+p.loads if 'dsb.example' in o]
+
+@needs_zensical
+def test_contents_for_programs(site, pages):
+    words = (site/'llms.txt').read_text()
+    assert words.startswith('# dsb\n\n> ')
+    assert set(re.findall(r'\]\((\S+)\)', words)) == pages.keys()-{'404.html','names.html','index.html'}
+
+@needs_zensical
+def test_build_tells(small, monkeypatch, capsys):
+    monkeypatch.chdir(small)
+    assert main(['build'])==0
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf'6 pages and 2 pictures in {re.escape(str(small))}/_site, \d+ s; begin with index.html\n', out), out

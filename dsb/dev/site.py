@@ -6,10 +6,11 @@
 __all__ = ['SECTIONS', 'PARTS', 'Project', 'page_name', 'section_of', 'part_of', 'Cell', 'read_cells', 'refresh', 'comments',
            'Symbol', 'symbols', 'Page', 'anchors', 'link_index', 'outside_fences', 'add_links', 'page_links', 'mathml',
            'lists', 'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts', 'readme_text', 'readme', 'is_cpp',
-           'page_text', 'write_pages', 'scrolling', 'finish', 'build', 'main']
+           'page_text', 'names_text', 'module_file', 'origin', 'llms_text', 'write_pages', 'scrolling', 'helpful',
+           'finish', 'build', 'main']
 
 # %% ../../nbs/dev/01_site.ipynb #3622bf6a
-import ast,base64,io,json,posixpath,re,shutil,subprocess,sys,tempfile,tokenize
+import ast,base64,io,json,posixpath,re,shutil,subprocess,sys,tempfile,time,tokenize
 from configparser import ConfigParser
 from pathlib import Path
 from fastcore.basics import patch
@@ -254,8 +255,10 @@ class Page:
         rel = Path(nb).relative_to(nbs)
         self.dir,self.cells = rel.parent.as_posix(),cells or read_cells(nb)
         self.name = page_name(rel.as_posix())
+        self.file = rel.name
         head = next((o.source for o in self.cells if not o.code and o.source.startswith('# ')), f'# {rel.stem}')
         self.title = head.splitlines()[0][2:].strip()
+        self.summary = next((o[1:].strip() for o in head.splitlines() if o.startswith('>')), '')
         self.module = next((o.directives['default_exp'] for o in self.cells if 'default_exp' in o.directives), None)
 
 # %% ../../nbs/dev/01_site.ipynb #ec0b370f
@@ -522,7 +525,7 @@ def _documented(s, at):
 def _exported(cell, at):
     "Documentation of an exported cell; `at` is the page's `anchors`"
     syms,body = symbols(cell),ast.parse(cell.source).body
-    if all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in body): return []
+    if all(isinstance(o, (ast.Import,ast.ImportFrom)) or _unparse(o).startswith('_all_ =') for o in body): return []
     if not syms: return _cpp(cell.source) or [fence(cell.source, 'python')]
     docs = [_documented(s, at) for s in syms if s.public]
     return [*docs, _folded(cell, [s.name for s in syms] if not docs else [])]
@@ -544,6 +547,50 @@ def page_text(
         if outs: md.append('<div class="output" markdown="1">\n\n' + '\n\n'.join(outs) + '\n\n</div>')
     return '\n\n'.join(md) + '\n'
 
+# %% ../../nbs/dev/01_site.ipynb #aa6c2a0a
+def _name_row(page, s, at):
+    "A line of the table of names: a link, the module, the first line of the docstring"
+    more = ', '.join(f'`{o}`' for o in s.methods if o[0]!='_')
+    doc = s.doc.partition('\n')[0].replace('|', r'\|')
+    return f'[`{s.name}`]({page.name}#{at[s.name]})', f'`{page.module}`', f'{doc} (methods {more})' if more else doc
+
+def names_text(
+    pages:list, # `Page`s
+)->str:         # Markdown
+    "The page of all public names, by the alphabet"
+    rows = [(s.name.lower(), _name_row(p, s, at)) for p in pages if p.module for at in [anchors(p)]
+            for c in p.cells if c.exported for s in symbols(c) if s.public]
+    table = markdown_table([['Name', 'Module', 'What it is'], *[r for _,r in sorted(rows)]], left=(0,1,2))
+    return f'# All names\n\n> Every public function and class, by the alphabet\n\n{table}\n'
+
+# %% ../../nbs/dev/01_site.ipynb #2d2365bb
+def module_file(
+    page:Page, # of a notebook
+    lib:str,   # name of the library
+)->str:        # path; empty if the page makes no module
+    "The file that a notebook is exported to, seen from the project's root"
+    return f'{lib}/{page.module.replace(".", "/")}.py' if page.module else ''
+
+def origin(
+    page:Page, # to find the origin of
+    source:str='', # path of its module in the site, if it is there
+)->str:        # HTML
+    "Links to a page's notebook and module"
+    links = [f'<a href="{page.file}" download>Download this notebook</a>']
+    if source: links.append(f'<a href="{posixpath.relpath(source, page.dir)}">{source}</a>')
+    return f'<p class="origin">{" · ".join(links)}</p>'
+
+# %% ../../nbs/dev/01_site.ipynb #0bb3aca7
+def llms_text(
+    sections:dict, # title -> `Page`s; the index under no title
+)->str:            # Markdown
+    "The contents of the site for language models"
+    def line(p): return f'- [{p.title}]({posixpath.splitext(p.name)[0]}.html)' + (f': {p.summary}' if p.summary else '')
+    md = [f'# {p.title}\n\n> {p.summary}' for p in sections.get('', [])]
+    for title,pages in sections.items():
+        if title and pages: md.append(f'## {title}\n\n' + '\n'.join(map(line, pages)))
+    return '\n\n'.join(md) + '\n'
+
 # %% ../../nbs/dev/01_site.ipynb #92459b03
 def _entries(name, nbs, pages):
     "One group of the navigation, in the words of `zensical.toml`"
@@ -553,36 +600,44 @@ def _entries(name, nbs, pages):
 def _nav(sections, nbs):
     "The navigation in the words of `zensical.toml`: the index, then the parts; a part of one section is flat"
     parts = {}
+    front = [o for ps in sections.values() for o in ps if page_name(o.name)=='init.md']
     for t,ps in sections.items():
-        if ps: parts.setdefault(part_of(t) if t else '', {})[t] = ps
+        if ps:=[o for o in ps if o not in front]: parts.setdefault(part_of(t) if t else '', {})[t] = ps
     groups = []
     for part,inside in parts.items():
         alone = len(inside)==1
         words = [_entries('' if alone else t, nbs, ps) for t,ps in inside.items()]
+        if part=='Reference': words = [*(_entries('', nbs, [o]) for o in front), '{"All names" = "names.md"}', *words]
         groups.append('{%s = [%s]}' % (json.dumps(part), ', '.join(words)) if part else words[0])
     return 'nav = [' + ', '.join(groups) + ']'
 
 # %% ../../nbs/dev/01_site.ipynb #e78ce33d
-def _write_page(page, docs, index):
-    "Write one page and its pictures into the folder `docs`"
+def _write_page(page, docs, index, p):
+    "Write one page, its pictures and its module into the folder `docs`"
     folder,count = posixpath.splitext(page.name)[0]+'_files',iter(range(1, 10**6))
     def save(data, suffix):
         f = docs/folder/f'{next(count)}.{suffix}'
         write_whole(f, data)
         return f.relative_to((docs/page.name).parent).as_posix()
-    write_whole(docs/page.name, page_text(page, index, save))
+    source = module_file(page, p.lib)
+    if source and (p.root/source).exists(): write_whole(docs/source, (p.root/source).read_bytes())
+    else: source = ''
+    write_whole(docs/page.name, page_text(page, index, save) + '\n' + origin(page, source) + '\n')
 
 # %% ../../nbs/dev/01_site.ipynb #8ef3d2bc
 def write_pages(
     p:Project, # whose notebooks
     dest,      # folder for `zensical.toml` and `docs/`
 ):
-    "Write the Markdown pages, their pictures and the settings of the site generator"
+    "Write the Markdown pages with all they link to, and the settings of the site generator"
     docs = Path(dest)/'docs'
-    shutil.copytree(p.nbs, docs, ignore=lambda d,fs: [f for f in fs if f[0] in '._' or f.endswith('.ipynb')])
-    pages = [Page(o, p.nbs) for o in p.notebooks()]
+    shutil.copytree(p.nbs, docs, ignore=lambda d,fs: [f for f in fs if f[0] in '._'])
+    sections = {t:[Page(o, p.nbs) for o in nbs] for t,nbs in p.sections().items()}
+    pages = sum(sections.values(), [])
     index = link_index(pages, p.lib)
-    for o in pages: _write_page(o, docs, index)
+    for o in pages: _write_page(o, docs, index, p)
+    write_whole(docs/'names.md', names_text(pages))
+    write_whole(docs/'llms.txt', llms_text(sections))
     config = (p.root/'zensical.toml').read_text(encoding='utf-8')
     nav = _nav(p.sections(), p.nbs)
     write_whole(Path(dest)/'zensical.toml', config.replace('[project]\n', f'[project]\n{nav}\n', 1))
@@ -609,19 +664,41 @@ def scrolling(
         return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
     return re.sub(r'<h[1-6][^>]*>(.*?)</h[1-6]>|<table\b.*?</table>', frame, html, flags=re.S)
 
+# %% ../../nbs/dev/01_site.ipynb #706376f6
+def helpful(
+    html:str,    # the generator's 404 page
+    starts:dict, # part of the site -> address of its first page, seen from the site's root
+    base:str='/', # root of the site, with slashes at both ends
+)->str:
+    "A 404 page that helps"
+    ways = ''.join(f'<li><a href="/{at}">{part}</a></li>' for part,at in starts.items())
+    help = ('<h1>There is no such page</h1><p>It may have another name now. Search for it with the field above '
+            f'(Ctrl+K), or begin here:</p><ul>{ways}</ul>')
+    return re.sub(r'"/(?=[\w".])', f'"{base}', re.sub(r'<h1>404.*?</h1>', lambda _: help, html))
+
+def _starts(p):
+    "Part of the site -> address of its first page; all names are where the reference can be searched by eye"
+    res = {'Start':'index.html'}
+    for t,nbs in p.sections().items():
+        if t and nbs: res.setdefault(part_of(t), Page(nbs[0], p.nbs).name.replace('.md', '.html'))
+    return {**res, 'All names':'names.html'}
+
 # %% ../../nbs/dev/01_site.ipynb #64335fae
 def finish(
     site, # folder of a built site
+    p:Project, # what it was built from
 ):
     "Change the pages that the generator has written"
     for f in sorted(Path(site).rglob('*.html')):
         write_whole(f, scrolling(f.read_text(encoding='utf-8')))
+    lost = Path(site)/'404.html'
+    write_whole(lost, helpful(lost.read_text(encoding='utf-8'), _starts(p), p.settings.get('doc_baseurl', '/')))
 
 # %% ../../nbs/dev/01_site.ipynb #668245fe
 def build(
     dest='_site', # folder of the site, replaced if it exists
     path='.',     # a folder inside the checkout
-):
+)->dict:          # what was made -> how many
     "Make the documentation site"
     p,dest = Project(path),Path(dest).resolve()
     if dest.exists() and any(dest.iterdir()) and not (dest/'sitemap.xml').exists():
@@ -629,9 +706,10 @@ def build(
     with tempfile.TemporaryDirectory() as tmp:
         write_pages(p, tmp)
         _zensical(tmp)
-        finish(Path(tmp)/'site')
+        finish(Path(tmp)/'site', p)
         shutil.rmtree(dest, ignore_errors=True)
         shutil.copytree(Path(tmp)/'site', dest)
+    return {'pages':len(list(dest.rglob('*.html'))), 'pictures':len(list(dest.rglob('*_files/*')))}
 
 # %% ../../nbs/dev/01_site.ipynb #3bdf0b55
 def _parser():
@@ -650,6 +728,12 @@ def _refresh_each(notebooks):
     "Refresh notebooks in processes of their own; the worst of their statuses"
     return max(subprocess.call([sys.executable,'-m','dsb.dev.site','refresh',o]) for o in notebooks)
 
+# %% ../../nbs/dev/01_site.ipynb #fb29cfd9
+def _build_and_tell(dest):
+    began = time.perf_counter()
+    made = ' and '.join(f'{n} {what}' for what,n in build(dest).items())
+    print(f'{made} in {Path(dest).resolve()}, {time.perf_counter()-began:.0f} s; begin with index.html')
+
 # %% ../../nbs/dev/01_site.ipynb #dc26bcd1
 def main(
     argv=None, # arguments, those of the process by default
@@ -658,7 +742,7 @@ def main(
     args = _parser().parse_args(argv)
     try:
         if args.cmd=='readme': readme()
-        elif args.cmd=='build': build(args.dest)
+        elif args.cmd=='build': _build_and_tell(args.dest)
         elif len(args.notebooks)==1: refresh(args.notebooks[0])
         else: return _refresh_each(args.notebooks or Project().notebooks())
     except ValueError as e: print(e, file=sys.stderr); return 2
