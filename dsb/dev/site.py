@@ -281,6 +281,11 @@ def _addresses(page):
         for n in [s.name, *methods]: yield n, f'{page.name}#{at[s.name]}'
 
 # %% ../../nbs/dev/01_site.ipynb #9ae6d147
+def _offered(pages):
+    "(name, module) of what the notebook of `__init__` imports"
+    trees = [ast.parse(c.source) for p in pages if p.module=='__init__' for c in p.cells if c.exported]
+    return [(a.name, o.module) for t in trees for o in t.body if isinstance(o, ast.ImportFrom) for a in o.names]
+
 def link_index(
     pages:list, # `Page`s
     lib:str,    # name of the library
@@ -293,7 +298,8 @@ def link_index(
             places.setdefault(n, set()).add(at)
             res |= {n:at, f'{lib}.{n}':at, f'{lib}.{p.module}.{n}':at}
     twice = {n for n,at in places.items() if len(at)>1}
-    return {k:v for k,v in res.items() if k.removeprefix(f'{lib}.') not in twice}
+    own = {k:res[f'{m}.{n}'] for n,m in _offered(pages) if f'{m}.{n}' in res for k in (n, f'{lib}.{n}')}
+    return {k:v for k,v in res.items() if k.removeprefix(f'{lib}.') not in twice} | own
 
 # %% ../../nbs/dev/01_site.ipynb #1ca48a02
 def outside_fences(
@@ -677,10 +683,11 @@ def helpful(
     return re.sub(r'"/(?=[\w".])', f'"{base}', re.sub(r'<h1>404.*?</h1>', lambda _: help, html))
 
 def _starts(p):
-    "Part of the site -> address of its first page; all names are where the reference can be searched by eye"
+    "Part of the site -> address of its first page in the navigation; and the table of all names"
     res = {'Start':'index.html'}
     for t,nbs in p.sections().items():
         if t and nbs: res.setdefault(part_of(t), Page(nbs[0], p.nbs).name.replace('.md', '.html'))
+    if any(page_name(o.name)=='init.md' for o in p.notebooks()): res['Reference'] = 'init.html'
     return {**res, 'All names':'names.html'}
 
 # %% ../../nbs/dev/01_site.ipynb #64335fae
