@@ -51,6 +51,7 @@ def test_metadata(wheel):
     z = zipfile.ZipFile(wheel)
     info = next(o for o in z.namelist() if o.endswith('METADATA'))
     meta = email.message_from_bytes(z.read(info))
+    assert meta['Name']=='dsb-train'   # on PyPI, dsb is something else
     assert meta['License-Expression']=='Apache-2.0'
     assert b'Apache License' in z.read(info.replace('METADATA', 'licenses/LICENSE'))
     assert meta['Requires-Python']=='>=3.10'
