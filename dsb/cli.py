@@ -10,9 +10,8 @@ __all__ = ['MODELS', 'DATA_SETS', 'fail', 'Parser', 'near', 'parse_options', 'an
 # %% ../nbs/06_cli.ipynb #8fbc1a96
 import argparse, codecs, errno, io, os, shlex, shutil, sys, textwrap
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
-from .core import say
+from .core import nearest, say
 from .structure.methods import DENSE, METHODS, SETTINGS, SPARSE, method_of
 from .training.config import CHOICES, RECIPES, TrainConfig, choose_method, usual_recipe
 
@@ -47,9 +46,8 @@ def near(
     words:list, # what is known
 ):
     "The end of a message: the nearest of `words`, if one is near"
-    lower = {w.lower(): w for w in words}
-    close = get_close_matches(word.lower(), lower, 1, .5)
-    return f"; did you mean {lower[close[0]]}?" if close else ''
+    close = nearest(word, words)
+    return f"; did you mean {close}?" if close else ''
 
 # %% ../nbs/06_cli.ipynb #5e21c06e
 def _same_spelling(argv, known):
