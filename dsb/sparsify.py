@@ -472,20 +472,25 @@ def summary(
 
 # %% ../nbs/03_sparsify.ipynb #b3381e1f
 def kernel_words(
-    computed:str, # as in `Row`
+    computed:str,    # as in `Row`
+    numbers:str='float32', # as in `Row`
 )->str:
     "Who computes a layer, in words"
     if computed!='cpu': return dict(triton='Triton kernels', reference='plain torch, slow', dense='torch')[computed]
-    lib = backend_module('cpu').native()[0]
+    half = numbers.startswith('bfloat16')
+    lib = backend_module('cpu').native('bf16' if half else 'float')[0]
     small = 'NEON' if platform.machine().lower() in ('aarch64','arm64') else 'SSE2'
     vectors = {16:'AVX-512', 8:'AVX2', 4:small}
-    return f'native kernels ({vectors[lib.dsb_lanes()]})' if lib else 'native kernels'
+    if lib is None: return 'native kernels'
+    how = (', multiplied in pairs' if lib.dsb_pairs() else ', widened to float32') if half else ''
+    return f'native kernels ({vectors[lib.dsb_lanes()]}{how})'
 
 # %% ../nbs/03_sparsify.ipynb #e5230fdc
 @patch
 def computed(self:Summary)->str:
     "In which numbers the layers are computed, and by whom; '' without layers"
-    def who(r): return kernel_words(r.computed) + (f' ({r.note})' if r.computed=='reference' and r.note else '')
+    def why(r): return f' ({r.note})' if r.computed=='reference' and r.note else ''
+    def who(r): return kernel_words(r.computed, r.numbers) + why(r)
     found = {}
     for r in self.rows: found.setdefault(r.numbers, []).append(who(r))
     def part(words):
