@@ -12,7 +12,7 @@ readme = here/'README.md'
 lib = cfg['lib_path']
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
+    name=cfg['dist_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     license_expression={'apache2':'Apache-2.0'}[cfg['license']], license_files=['LICENSE'],

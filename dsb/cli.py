@@ -10,9 +10,8 @@ __all__ = ['MODELS', 'DATA_SETS', 'fail', 'Parser', 'near', 'parse_options', 'an
 # %% ../nbs/06_cli.ipynb #8fbc1a96
 import argparse, codecs, errno, io, os, shlex, shutil, sys, textwrap
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
-from .core import say
+from .core import nearest, say
 from .structure.methods import DENSE, METHODS, SETTINGS, SPARSE, method_of
 from .training.config import CHOICES, RECIPES, TrainConfig, choose_method, usual_recipe
 
@@ -47,9 +46,8 @@ def near(
     words:list, # what is known
 ):
     "The end of a message: the nearest of `words`, if one is near"
-    lower = {w.lower(): w for w in words}
-    close = get_close_matches(word.lower(), lower, 1, .5)
-    return f"; did you mean {lower[close[0]]}?" if close else ''
+    close = nearest(word, words)
+    return f"; did you mean {close}?" if close else ''
 
 # %% ../nbs/06_cli.ipynb #5e21c06e
 def _same_spelling(argv, known):
@@ -274,8 +272,9 @@ def train_parser(
     make=Parser,        # makes the parser
 )->argparse.ArgumentParser:
     "The parser of a training command"
+    first = "Without options dsb train does a first run" if prog == 'dsb train' else "A first run"
     p = make(prog=prog, argument_default=argparse.SUPPRESS, usage=f'{prog} [options]', formatter_class=_Help,
-             description=f"Train a sparse network from scratch. A first run: {_FIRST_RUN}")
+             description=f"Train a sparse network from scratch. {first}: {_FIRST_RUN}")
     for title, options in option_groups():
         g = p.add_argument_group(title)
         for names, keywords, default, text in options:
@@ -731,12 +730,17 @@ def sweep_command(
     except KeyboardInterrupt as e: return _stopped(e, 'stopped')
     return int(failed > 0)
 
+# %% ../nbs/06_cli.ipynb #c85465ae
+def _train_or_begin(argv):
+    "Train as the options say; without any, what a first run should be"
+    if not argv and os.environ.get('RANK', '0') == '0': print(f'no options given, so: dsb train {_FIRST_RUN}')
+    return train_command(argv or _FIRST_RUN.split(), prog='dsb train')
+
 # %% ../nbs/06_cli.ipynb #25528c1c
 def _commands():
     "name -> (function of the remaining words, what it does)"
-    def train(argv): return train_command(argv, prog='dsb train')
     return dict(
-        train=(train, 'train a network, or continue a run; the same as main.py'),
+        train=(_train_or_begin, 'train a network, or continue a run, as main.py does; without options, a first run'),
         show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
         export=(export_command, 'write the best weights of a run for others: dense, compact, ONNX and more'),
         sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),

@@ -726,13 +726,19 @@ def from_dense(cls:SparseAttention,
 
 # %% ../nbs/02_layers.ipynb #7f8a0705
 @patch(as_prop=True)
-def q_proj_weight(self:SparseAttention): return self.q_proj.weight
+def q_proj_weight(self:SparseAttention):
+    "Dense weight of the queries' layer, as `nn.MultiheadAttention` has it"
+    return self.q_proj.weight
 
 @patch(as_prop=True)
-def k_proj_weight(self:SparseAttention): return self.k_proj.weight
+def k_proj_weight(self:SparseAttention):
+    "Dense weight of the keys' layer, as `nn.MultiheadAttention` has it"
+    return self.k_proj.weight
 
 @patch(as_prop=True)
-def v_proj_weight(self:SparseAttention): return self.v_proj.weight
+def v_proj_weight(self:SparseAttention):
+    "Dense weight of the values' layer, as `nn.MultiheadAttention` has it"
+    return self.v_proj.weight
 
 @patch(as_prop=True)
 def in_proj_bias(self:SparseAttention)->Tensor: # (3·embed_dim,), or None

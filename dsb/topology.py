@@ -85,7 +85,7 @@ def _update_rule(method, rule, grow):
     "The callable that `rule` means"
     if method!='dsb':
         if rule is None: return entries
-        name = rule if isinstance(rule, str) else rule_name(rule)
+        name = one_of(rule, RULES, 'rule') if isinstance(rule, str) else rule_name(rule)
         raise ValueError(f'rule={name!r}: method {method!r} has no choice of rules; '
                          "use method='dsb' or leave it out")
     if not callable(rule): rule = RULES[one_of(rule or DEFAULT_RULE, RULES, 'rule')]

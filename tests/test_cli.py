@@ -60,6 +60,9 @@ def refused(capsys, tmp_path, *options):
     ('--device gpu', "device='gpu': expected one of auto, cpu, cuda"),
     ('--cuda 0,1', 'torchrun'),
     ('--sparsty 0.9', 'unknown option --sparsty; did you mean --sparsity?'),
+    ('--config x', 'unknown option --config (--help lists them)'),
+    ('--model nosuch', "model 'nosuch': unknown. Expected one of alexnet-s"),
+    ('--rule foo', "rule='foo': expected one of paper"),
     ('0.9', "unexpected argument '0.9'"),
     ('--dropout 0.3', 'has no dropout'),
     ('--start-epoch 1', 'start_epoch=1: expected less than epochs'),
@@ -201,6 +204,21 @@ def test_default_folder(tmp_path, monkeypatch, capsys):
     assert not list(folders.pop('seed0').iterdir()) and all((p/'last.pt').exists() for p in folders.values())
     out = capsys.readouterr().out
     for p in folders.values(): assert f', in runs/{p.name}\n' in out and f'see runs/{p.name}/curves.png' in out
+
+def test_without_options(tmp_path, monkeypatch, capsys):
+    "`dsb train` alone trains blocks on data that is there; `main.py` alone has the original's defaults"
+    from dsb.cli import options_to_config
+    from dsb.training.data import DataError
+    seen = []
+    def look(self): seen.append(self.config); raise DataError('seen')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('dsb.training.train.Trainer.train_epoch', look)
+    with pytest.raises(SystemExit): main(['train'])
+    c, = seen
+    assert (c.method, c.block_size, c.data_set, c.epochs) == ('dsb', 16, 'digits', 10)
+    assert capsys.readouterr().out.startswith('no options given, so: dsb train --data_set digits --block_size 16 ')
+    o = options_to_config({})
+    assert (o['method'], o['block_size'], o['data_set']) == ('rigl', 0, 'cifar10')
 
 def test_nothing_is_left(tmp_path, monkeypatch, capsys):
     "A run that fails before its first step leaves no folder of its own, and hides no error"

@@ -45,12 +45,13 @@ def installed(wheel, tmp_path_factory):
 def test_holds_every_file_of_the_package(root, wheel):
     have = {o for o in zipfile.ZipFile(wheel).namelist() if o.startswith('dsb/')}
     want = {o.relative_to(root).as_posix() for o in package(root)}
-    assert have==want
+    assert have==want and 'dsb/py.typed' in have   # type checkers read the annotations of packages that say so
 
 def test_metadata(wheel):
     z = zipfile.ZipFile(wheel)
     info = next(o for o in z.namelist() if o.endswith('METADATA'))
     meta = email.message_from_bytes(z.read(info))
+    assert meta['Name']=='dsb-train'   # on PyPI, dsb is something else
     assert meta['License-Expression']=='Apache-2.0'
     assert b'Apache License' in z.read(info.replace('METADATA', 'licenses/LICENSE'))
     assert meta['Requires-Python']=='>=3.10'

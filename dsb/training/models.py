@@ -9,7 +9,7 @@ __all__ = ['VITS', 'out_shape', 'n_params', 'n_weights', 'hooked', 'evaluating',
            'canonical_name', 'model_channels', 'smallest_image', 'create_model', 'small_width']
 
 # %% ../../nbs/training/01_models.ipynb #a90ff508
-import copy, difflib, math, re
+import copy, math, re
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fastcore.basics import patch
 
-from ..core import one_of, whole_number
+from ..core import nearest, one_of, whole_number
 
 # %% ../../nbs/training/01_models.ipynb #8d098fb6
 def out_shape(
@@ -433,9 +433,10 @@ def canonical_name(
         near = _nearest_wrn(depth, k)
         if near == f'wrn-{depth}-{k}': return near
     elif squashed in names: return names[squashed]
-    else: near = names[difflib.get_close_matches(squashed, names, 1, cutoff=0)[0]]
+    else: near = names.get(nearest(squashed, names))
     known = ', '.join(model_names())
-    raise ValueError(f'model {name!r}: unknown, did you mean {near}? Expected one of {known} '
+    meant = f', did you mean {near}?' if near else '.'
+    raise ValueError(f'model {name!r}: unknown{meant} Expected one of {known} '
                      'or another wrn-depth-width with depth 10, 16, 22, 28, 34, ...')
 
 # %% ../../nbs/training/01_models.ipynb #78389505

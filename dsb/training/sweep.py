@@ -590,7 +590,9 @@ class Cell(NamedTuple):
         if self.n == 1: return math.nan
         from scipy.stats import t
         return float(t.ppf(.975, self.n-1))*self.sd/self.n**.5
-    def __str__(self): return f'{100*self.mean:.2f}' + (f' ± {100*self.half:.2f}' if self.n > 1 else '')
+    @property
+    def enough(self)->bool: return self.n > 2 # are there enough runs for an interval that says something?
+    def __str__(self): return f'{100*self.mean:.2f}' + (f' ± {100*self.half:.2f}' if self.enough else '')
 
 # %% ../../nbs/training/10_sweep.ipynb #0db21ed3
 def cell(
@@ -678,15 +680,25 @@ def differences(self:SweepTable)->list: # of lists of strings, the head first
     found = {l: [paired(self.lines, l, self.against, s, self.value) for s in at] for l in others}
     return _cell_rows(f'minus {self.against}', at, found)
 
-# %% ../../nbs/training/10_sweep.ipynb #06770ab7
+# %% ../../nbs/training/10_sweep.ipynb #23651d68
 @patch
 def _both(self:SweepTable): return [self.rows()] + ([self.differences()] if self.against is not None else [])
 
 @patch
-def _repr_markdown_(self:SweepTable): return '\n\n'.join(map(markdown_table, self._both()))
+def note(self:SweepTable)->str: # a sentence, or nothing
+    "What is to be said where runs are too few for an interval"
+    shown = [text for rows in self._both() for _, *texts in rows[1:] for text in texts if text]
+    if all('±' in text for text in shown): return ''
+    return 'No ± where there are only one or two runs: too few to say how much seeds differ. Three or more do.'
+
+# %% ../../nbs/training/10_sweep.ipynb #06770ab7
+def _page(tables, note): return '\n\n'.join([*tables, *[note]*(note != '')])
 
 @patch
-def __repr__(self:SweepTable): return '\n\n'.join(map(text_table, self._both()))
+def _repr_markdown_(self:SweepTable): return _page(map(markdown_table, self._both()), self.note())
+
+@patch
+def __repr__(self:SweepTable): return _page(map(text_table, self._both()), self.note())
 
 # %% ../../nbs/training/10_sweep.ipynb #8fba9b51
 @patch
@@ -712,13 +724,13 @@ def _draw_method(ax, found, label, color, marker, shift):
     "A `Cell` or None for each sparsity, joined by a line"
     points = [(i + shift, c) for i, c in enumerate(found) if c]
     x, y = [p for p, _ in points], [100*c.mean for _, c in points]
-    bars = [100*c.half if c.n > 1 else 0 for _, c in points]
+    bars = [100*c.half if c.enough else 0 for _, c in points]
     ax.errorbar(x, y, yerr=bars, color=color, label=label, fmt=marker+'-', ms=4, lw=1, elinewidth=1.4, capsize=2)
 
 def _draw_band(ax, c, label, color, n):
     "A method without sparsity"
     ax.axhline(100*c.mean, color=color, lw=1, ls='--', label=label)
-    if c.n > 1: ax.axhspan(100*(c.mean - c.half), 100*(c.mean + c.half), color=color, alpha=.1, lw=0)
+    if c.enough: ax.axhspan(100*(c.mean - c.half), 100*(c.mean + c.half), color=color, alpha=.1, lw=0)
     ax.set_xlim(-.5, max(n, 1) - .5)
 
 # %% ../../nbs/training/10_sweep.ipynb #03bc6184
@@ -748,7 +760,7 @@ def _draw_pair(ax, y, mine, other, c):
     if c is None: return
     differences = [100*(mine[s] - other[s]) for s in mine if s in other]
     ax.plot(differences, [y + .25]*c.n, '.', color=SOFT, ms=4)
-    half = 100*c.half if c.n > 1 else None
+    half = 100*c.half if c.enough else None
     ax.errorbar(100*c.mean, y, xerr=half, color=INK, fmt='o', ms=4, elinewidth=1.4, capsize=2)
 
 # %% ../../nbs/training/10_sweep.ipynb #2813ef46
