@@ -21,5 +21,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(str(here), include=[lib, f'{lib}.*']), include_package_data=True, zip_safe=False,
     install_requires=words('requirements'),
-    extras_require={'dev':words('dev_requirements')+words('site_requirements'), 'site':words('site_requirements')},
+    extras_require={'dev':words('dev_requirements')+words('site_requirements'),
+                    **{k:words(f'{k}_requirements') for k in ('site','trainers','formats')}},
     entry_points={'console_scripts':words('console_scripts'), 'nbdev':[f'{lib}={lib}._modidx:d']})
