@@ -9,7 +9,7 @@ __all__ = ['table_html', 'moments', 'together', 'films', 'masks_html', 'layers_h
 # %% ../../nbs/training/11_report.ipynb #9f18bd35
 import json, platform, sys
 from base64 import b64encode
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -165,7 +165,8 @@ def settings_html(
     config:dict, # of a checkpoint
 )->str:
     "Every setting, first those that are not the usual ones"
-    usual = {f.name: f.default for f in fields(TrainConfig) if f.default is not None}
+    given = {k: config[k] for k in ('model', 'recipe') if k in config}
+    usual = {k: v for k, v in asdict(TrainConfig(**given)).items() if v is not None}
     rows = [(k, v, '' if v == usual.get(k) else usual.get(k, '')) for k, v in config.items() if v is not None]
     rows.sort(key=lambda r: config[r[0]] == usual.get(r[0]))
     return table_html([('setting', 'value', 'usually'), *((k, str(v), str(u)) for k, v, u in rows)])
