@@ -4,6 +4,7 @@ import pytest
 import torch
 from dsb.training.data import load_data
 from dsb.training.train import restored
+from faults import equal
 
 TIMES = 'seconds', 'step_ms'      # of a summary, never the same
 RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --initial_ratio 3 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_val 48 --n_test 64 '
@@ -39,13 +40,6 @@ def state(out):
     ck = torch.load(out/'last.pt', weights_only=True)
     for row in ck['history']: row.pop('step_ms')
     return {k: ck[k] for k in ('model', 'opt', 'upd', 'step', 'epoch', 'batch', 'history', 'best', 'start', 'rng')}
-
-def equal(a, b):
-    "Equal bit for bit, through dictionaries and lists"
-    if torch.is_tensor(a): return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 def assert_same(a, b):
     a, b = state(a), state(b)

@@ -119,7 +119,7 @@ def make_run(
     try:
         check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
-        pruned = (values | point).get('initial_ratio', METHODS[method].ratio) > 1
+        pruned = ((values | point).get('initial_ratio') or METHODS[method].ratio) > 1
         point = {k: v for k, v in point.items() if k not in ignored(method, pruned)}
         c = TrainConfig(**values | point)
     except ValueError as e:
