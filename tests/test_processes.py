@@ -9,7 +9,9 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as Parallel
 import dsb
+from dsb.structure.rules import dealt_out
 from dsb.topology import Updater
+from traffic import model as traffic_model, traffic
 
 class Net(nn.Module):
     "Layers that a step can leave out"
@@ -90,6 +92,21 @@ def some_together(rank, groups=[]):
     m = model(seed=rank)
     return train(m, Parallel(m, process_group=pair) if rank<2 else m, rank)
 
+def sent_by_columns(rank): return traffic('dsb', rank, 2)
+def sent_by_entries(rank): return traffic('paper', rank, 2)
+
+def by_formula(n=2):
+    "What a process has to send: gradients of a step, and for an update whole gradients, shares of them, and scores (the largest)"
+    m = traffic_model('dsb')
+    layers = dsb.sparse_layers(m).values()
+    def cuts(s): return [s.n_groups*s.shape[1]*i//n for i in range(n+1)]
+    def scores(s): return 1+max(b-a+len(o)*16 for a,b,o in zip(cuts(s), cuts(s)[1:], dealt_out(s, cuts(s))))
+    whole = 4*sum(o.shape[0]*o.shape[1] for o in layers)
+    facts,checks = 8*(3+2*len(layers)),2*4*sum(len(o.checksum) for o in layers)
+    ring = 2*(n-1)/n
+    return dict(gradients=ring*4*sum(p.numel() for p in m.parameters()), beside=ring*(facts+checks), whole=ring*whole,
+                shares=(n-1)*whole, scores=(n-1)*4*sum(scores(o.structure) for o in layers))
+
 def job(rank, n, port, jobs, q):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
@@ -117,7 +134,7 @@ def run(n, jobs):
     return {k:[v[r] for r in range(n)] for k,v in res.items()}
 
 def test_two():
-    got = run(2, [*TOGETHER, own_models, only_first, differ, out_of_step])
+    got = run(2, [*TOGETHER, own_models, only_first, differ, out_of_step, sent_by_columns, sent_by_entries])
     for f in TOGETHER:
         a,b = got[f.__name__]
         assert isinstance(a, tuple), (f.__name__, a)
@@ -130,6 +147,13 @@ def test_two():
     assert all('at different steps, 1 and 3' in o for o in got['out_of_step']), got['out_of_step']
     alone = train(m:=model(), m, 0)
     assert got['plain'][0][1]!=alone[1]      # both processes counted
+    f,columns,whole = by_formula(),got['sent_by_columns'],got['sent_by_entries']
+    for o in (*columns, *whole):             # a step sends the gradients of active weights, and nothing else
+        assert o['step']['gradients']==o['step']['all_reduce']==o['update']['gradients']==f['gradients'] and len(o['step'])==3
+    assert [o['update']['all_reduce']-f['gradients'] for o in columns]==[f['beside']]*2
+    assert [o['update']['all_reduce']-f['gradients'] for o in whole]==[f['beside']+f['whole']]*2
+    assert sum(o['update']['all_to_all'] for o in columns)==f['shares']
+    assert [o['update']['all_gather'] for o in columns]==[f['scores']]*2 and f['shares']/2+f['scores']<.65*f['whole']
 
 class Noise:
     "Images of random numbers in double precision, of which each process gets its share of a batch"
