@@ -165,6 +165,15 @@ def commit(self:Collector)->int: # how often the layer was used in it
     uses,self.uses,self.task = self.uses,0,-1
     return uses
 
+# %% ../../nbs/structure/06_rules.ipynb #f876681f
+@patch
+def unscale(self:Collector,
+    scale:float, # what the loss of this step was multiplied by
+):
+    "Divide what came in this step by the scale of its loss"
+    for t in (self.dense, self.compact):
+        if t is not None: t.div_(scale)
+
 # %% ../../nbs/structure/06_rules.ipynb #1c0bca87
 @patch
 def finish(self:Collector)->bool: # None if no gradient came

@@ -359,6 +359,13 @@ FIELDS = dict(
     sums=Expected('three finite numbers', lambda t: _finite(t) and t.dtype is torch.float64 and t.shape == (3,)))
 _KEYS = {'format', 'checksum', 'config', 'upd', *FIELDS}
 
+# %% ../../nbs/training/07_folder.ipynb #c03d0e30
+_FACTOR = Expected('a finite number above 0', lambda v: is_real(v) and 0 < v < math.inf)
+_SOMETIMES = dict(
+    scaler=dict(scale=_FACTOR, growth_factor=_FACTOR, backoff_factor=_FACTOR, growth_interval=_whole(1),
+                _growth_tracker=_whole()),
+    shares=[{str: Expected('two gradients', lambda v: isinstance(v, list) and len(v) == 2)}])
+
 # %% ../../nbs/training/07_folder.ipynb #2a60f9d3
 def _require(ok, says):
     if not ok: raise ValueError(says)
@@ -389,6 +396,15 @@ def _check_history(ck, config):
     _require(ck['best'] == best_of(h, judge), f"best is {_shown(ck['best'])}, the history says {best_of(h, judge)}")
 
 # %% ../../nbs/training/07_folder.ipynb #664dc854
+def _check_parts(ck, config):
+    "Raise unless each process has its part, and the loss its scale where it needs one"
+    world, scaled = ck['info']['world'], config.amp == 'fp16'
+    for k in 'rng', 'shares':
+        n = len(ck.get(k, ck['rng']))
+        _require(n == world, f"{k} has {n} states, expected {world}")
+    there = 'missing' if scaled else 'there'
+    _require(('scaler' in ck) == scaled, f"the scale of the loss is {there} with amp={config.amp!r}")
+
 def _check_counters(ck, config):
     "Raise unless the counters of a checkpoint agree"
     per, epoch, batch, upd = ck['info']['steps_per_epoch'], ck['epoch'], ck['batch'], ck['upd']
@@ -400,7 +416,6 @@ def _check_counters(ck, config):
     now = all(ck['step']-batch <= s < ck['step'] for s in steps)
     _require(now, f"steps {steps} are not of the epoch that is going on")
     _require(len(ck['times']) <= batch, f"times has {len(ck['times'])} entries, expected at most {batch}")
-    _require(len(ck['rng']) == ck['info']['world'], f"rng has {len(ck['rng'])} states, expected {ck['info']['world']}")
     if config.method in DENSE: return _require(upd is None, f"upd is {_shown(upd)}, expected None with {config.method}")
     check_described('upd', upd, _UPD)
     _require(upd['t'] == ck['step'], f"upd.t is {upd['t']}, expected {ck['step']}")
@@ -410,12 +425,14 @@ def check_checkpoint(
     ck:dict, # what was read; its config is completed
 ):
     "Raise a ValueError that names the first thing in a checkpoint that cannot be"
-    lost, odd = sorted(_KEYS - ck.keys()), [k for k in ck if k not in _KEYS]
+    lost, odd = sorted(_KEYS - ck.keys()), [k for k in ck if k not in _KEYS | _SOMETIMES.keys()]
     _require(not lost, f"it lacks {', '.join(lost)}")
     _require(not odd, f"it has {', '.join(map(str, odd))}, which this dsb does not know")
     config = config_from(ck['config'])
     ck['config'] = asdict(config)
-    for k, what in FIELDS.items(): check_described(k, ck[k], what)
+    for k, what in (FIELDS | _SOMETIMES).items():
+        if k in ck: check_described(k, ck[k], what)
+    _check_parts(ck, config)
     _check_counters(ck, config)
     _check_history(ck, config)
 

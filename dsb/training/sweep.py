@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from ..core import markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..structure.methods import DENSE, METHODS, ignored
-from .config import OPEN, RECIPES, TrainConfig, check_types, usual_recipe
+from .config import OPEN, RECIPES, TrainConfig, check_types, modern, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import INK, NEW, SOFT, figure, plain_axes
@@ -117,6 +117,7 @@ def make_run(
 )->Run:
     "The run of a method at a point of the grid"
     try:
+        values, point = modern(values), modern(point)
         check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
         pruned = ((values | point).get('initial_ratio') or METHODS[method].ratio) > 1
@@ -376,6 +377,7 @@ class Sweep:
 # %% ../../nbs/training/10_sweep.ipynb #4ef7e777
 def _agree(run, there, where, remedy):
     "Raise if `there`, as `differs` gives it, is not the config of `run`"
+    there = modern(there)
     here, free = differs(asdict(run.config)), {*MAY_CHANGE, *(k for k in OPEN if getattr(run.config, k) is None)}
     for k in sorted((here.keys() | there.keys()) - free):
         a, b = (d.get(k, _usual(d).get(k)) for d in (there, here))
@@ -570,6 +572,8 @@ def run(self:Sweep,
     with _alone(self.out), Signals() as signals:
         self.read()
         todo = [r for r in self.runs if self.state(r) != 'done']
+        for r in self.runs:
+            if r not in todo: shutil.rmtree(self.folder/r.name, ignore_errors=True)
         for r in todo: self.lines.pop(r.id, None)     # what failed counts when it has been tried again
         say(f"{self.path}: {len(self.runs) - len(todo)} of {len(self.runs)} runs done; results in {self.out}")
         self._loop(todo, jobs, threads or share_of_cores(jobs), say, signals)
