@@ -543,7 +543,9 @@ def supports(
 )->str: # '' or the reason why not
     "Can these kernels compute the layer?"
     if not x.is_cpu: return f'the cpu kernels take CPU tensors, not {x.device.type}'
-    if not number_of(x): return f'the cpu kernels compute in float32 and bfloat16, not {str(x.dtype)[6:]}'
+    if not number_of(x):
+        instead = '; use bfloat16, which is as small'*(x.dtype==torch.float16)
+        return f'the cpu kernels compute in float32 and bfloat16, not {str(x.dtype)[6:]}{instead}'
     return slow_size(s.block_size, 'cpu') or native()[1] or native(number_of(x))[1]
 
 # %% ../../nbs/kernels/05_cpu.ipynb #7a8ebfac
