@@ -365,7 +365,8 @@ def _dense_line(r, mode):
     name = 'channels_last, fused' if mode == 'fused' else mode
     mark = 'best' if mode == r['best_dense'] else as_ratio(r['dense_ms']/v['ms'])
     other = as_ratio(r['any_ms']/v['ms']) if 'any_ms' in r else ''
-    return [f'dense {name}', f"{v['ms']:.1f}", mark, other, '', '', f"{v['faults']:.0f}", _mb(v), *_percents(v['shares'])]
+    return [f'dense {name}', f"{v['ms']:.1f}", mark, other, '', '', f"{v['faults']:.0f}", _mb(v),
+            *_percents(v['shares'])]
 
 # %% ../../nbs/bench/03_steps.ipynb #c9b7ea39
 def _early_line(r, mode):
