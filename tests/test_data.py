@@ -536,7 +536,7 @@ def test_validation_imagenet(tmp_path):
     x,y = joined(d.val_batches())
     info = dataset_info('imagenet')
     tfm = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(info.mean, info.std)])
-    assert torch.equal(x, torch.stack([tfm(Image.open(p).convert('RGB')) for p,_ in val])) and y.tolist()==[y for _,y in val]
+    assert torch.allclose(x, torch.stack([tfm(Image.open(p).convert('RGB')) for p,_ in val]), atol=1e-5) and y.tolist()==[y for _,y in val]
     workers = load_data('imagenet', data_dir=tmp_path, eval_batch_size=4, workers=2, n_val=6, seed=5)
     assert same(list(d.val_batches()), list(workers.val_batches()))
     few = load_data('imagenet', data_dir=tmp_path, n_val=6, n_train=5)

@@ -1,10 +1,13 @@
 "The README and the documentation site: made from a small project, and from this one"
-import base64, json, os, re, runpy, shutil, subprocess, sys
+import base64, functools, json, os, re, runpy, shutil, subprocess, sys, threading
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
+from browser import Browser, chromium
 from dsb.dev.site import Project, build, main, page_name, readme, symbols, read_cells
 
 project = Project(os.path.dirname(__file__))
@@ -240,11 +243,13 @@ def test_page_for_wrong_addresses(pages):
 @needs_zensical
 def test_all_names(pages):
     modules = runpy.run_path(project.root/project.lib/'_modidx.py')['d']['syms']
-    public = {k.removeprefix(f'{m}.') for m,names in modules.items() for k in names if not re.search(r'\._', k)}
+    names = {k.removeprefix(f'{m}.') for m,names in modules.items() for k in names}
+    public = {o for o in names if not re.search(r'(^|\.)_', o)}
     assert len(public)>500
     words = set(re.findall(r'[\w.]+', pages['names.html'].text))
     missing = [o for o in sorted(public) if o not in words and o.rpartition('.')[2] not in words]
     assert not missing, f'not in the table of all names: {missing}'
+    assert not [o for o in words if re.match(r'_[A-Z]\w*\.', o)], 'methods of private classes'
 
 @needs_zensical
 def test_api_is_first_and_linked(pages):
@@ -278,3 +283,124 @@ def test_build_tells(small, monkeypatch, capsys):
     assert main(['build'])==0
     out = capsys.readouterr().out
     assert re.fullmatch(rf'6 pages and 2 pictures in {re.escape(str(small))}/_site, \d+ s; begin with index.html\n', out), out
+
+# In a browser
+
+needs_chromium = pytest.mark.skipif(not chromium(), reason='no Chromium here: apt-get install chromium')
+
+# what a page is like after its programs have run
+LOOK = """(() => {
+  const inside = document.querySelector('article'), here = location.href.split('#')[0];
+  const words = [...inside.querySelectorAll(':scope > :not(div.highlight, details)')].map(o => o.innerText).join('\\n');
+  const ids = [...document.querySelectorAll('[id]')].map(o => o.id);
+  return {ids, words, twice: ids.filter((o, i) => ids.indexOf(o) < i), over: document.documentElement.scrollWidth - innerWidth,
+    links: [...new Set([...document.querySelectorAll('a[href]')].map(o => o.href))],
+    broken: [...document.images].filter(o => o.complete && !o.naturalWidth).map(o => o.src)}})()"""
+
+# texts with less contrast than WCAG 2 asks for: 4.5, or 3 if they are large
+PALE = """(() => {
+  const context = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+  const rgba = s => { context.clearRect(0, 0, 1, 1); context.fillStyle = s; context.fillRect(0, 0, 1, 1);
+                      return [...context.getImageData(0, 0, 1, 1).data].map((v, i) => i < 3 ? v : v/255); };
+  const over = (a, b) => [0, 1, 2].map(i => a[i]*a[3] + b[i]*(1 - a[3]));
+  const ground = e => e ? over(rgba(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255, 255];
+  const light = c => c.map(v => v/255 <= .04045 ? v/255/12.92 : ((v/255 + .055)/1.055)**2.4)
+                      .reduce((s, v, i) => s + v*[.2126, .7152, .0722][i], 0);
+  const kinds = new Map(), texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const e = texts.currentNode.parentElement, box = e.getBoundingClientRect();
+    const kind = [e, e.parentElement, e.parentElement?.parentElement].map(o => o && o.tagName + '.' + o.className).join(' < ');
+    if (kinds.has(kind) || !texts.currentNode.data.trim() || !box.width || !e.checkVisibility({opacityProperty: true})) continue;
+    const s = getComputedStyle(e), b = ground(e), both = [light(over(rgba(s.color), b)), light(b)].sort((p, q) => q - p);
+    const size = parseFloat(s.fontSize), large = size >= 24 || size >= 18.66 && +s.fontWeight >= 700;
+    kinds.set(kind, [(both[0] + .05)/(both[1] + .05), large ? 3 : 4.5, texts.currentNode.data.trim()]);
+  }
+  return {seen: kinds.size, pale: [...kinds].filter(([k, [is, least]]) => is < least)}})()"""
+
+class Handler(SimpleHTTPRequestHandler):
+    "Files of a folder; if the server is `bare`, the search has nothing to find"
+    def log_message(self, *_): pass
+    def do_GET(self):
+        if not (self.server.bare and self.path=='/search.json'): return super().do_GET()
+        index = json.loads(Path(self.translate_path(self.path)).read_text()) | dict(items=[])
+        self.send_response(200); self.end_headers()
+        self.wfile.write(json.dumps(index).encode())
+
+@contextmanager
+def serving(site, bare=False):
+    "Address of the site on this machine"
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=str(site)))
+    server.bare = bare
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/'
+    server.shutdown(); server.server_close()
+
+def from_elsewhere(browser, base):
+    return [o for o in browser.requests() if not o.startswith((base,'data:','blob:'))]
+
+@needs_zensical
+@needs_chromium
+def test_walk(site):
+    "Every page in a browser, on a desk and on a phone; bare, since an index made anew for each takes most of the time"
+    found = {}
+    with serving(site, bare=True) as served, Browser() as b:
+        for name in sorted(o.relative_to(site).as_posix() for o in site.rglob('*.html')):
+            b.screen(1280)
+            b.go(served+name)
+            found[name] = b.js(LOOK)
+            b.screen(390)
+            phone = b.js('document.documentElement.scrollWidth - innerWidth')
+            away,errors = from_elsewhere(b, served),b.errors()
+            wrong = dict(away=away, errors=errors, wide=phone>0 or found[name]['over']>0,
+                         broken=found[name]['broken'], twice=found[name]['twice'])
+            assert not any(wrong.values()), (name, wrong)
+    assert len(found)>60 and sum(len(o['links']) for o in found.values())>4000
+    for name,page in found.items():
+        raw = re.findall(r'^\s*#\|.*|Traceback \(most.*|^:::.*|\$\$.*|\\(?:frac|mathbb|text)\b.*', page['words'], re.M)
+        assert not raw, f'{name} shows {raw[0]!r}'
+        for o in page['links']:
+            if not o.startswith(served): continue
+            to,_,anchor = unquote(o.removeprefix(served)).partition('#')
+            to = to or 'index.html'
+            assert (site/to).exists(), f'{name} links to {o}, which is not there'
+            assert not anchor or anchor in found[to]['ids'], f'{name} links to {o}: no such place'
+
+@needs_zensical
+@needs_chromium
+def test_both_colour_schemes_can_be_read(site):
+    with serving(site, bare=True) as served, Browser() as b:
+        for dark,scheme in (False,'default'), (True,'slate'):
+            b.screen(390 if dark else 1280, dark)
+            for name in 'index.html', 'explanations/cpu.html', 'structure/blocks.html', 'init.html', '404.html':
+                b.go(served+name)
+                b.wait(f'document.body.dataset.mdColorScheme=={scheme!r}')
+                seen = b.js(PALE)
+                assert seen['seen']>5 and not seen['pale'], (name, scheme, seen['pale'][:3])
+        b.js("document.querySelector('article p').style.color = '#444'")
+        assert len(b.js(PALE)['pale'])==1, 'pale text is seen'
+
+@needs_zensical
+@needs_chromium
+@pytest.mark.parametrize('how', ['server','file'])
+def test_search(site, how):
+    "With a server, and from the folder without one"
+    box = "[...document.querySelectorAll('*')].find(o => o.shadowRoot)?.shadowRoot"
+    with serving(site) as served, Browser() as b:
+        base = served if how=='server' else site.as_uri()+'/'
+        b.screen(1280)
+        b.go(base+'index.html')
+        b.js("document.querySelector('.md-search__button').click()")
+        b.wait(f"{box}?.activeElement?.tagName=='INPUT'")
+        b.call('Input.insertText', text='sparsify')
+        b.wait(f"{box}.querySelector('a')")
+        hits = b.js(f"[...{box}.querySelectorAll('a')].map(o => o.href)")
+        assert not b.errors() and not from_elsewhere(b, base)
+    assert hits[0]==f'{base}sparsify.html?h=sparsify#sparsify'
+
+@needs_zensical
+def test_search_leads_to_places_that_are_there(site, pages):
+    found = json.loads((site/'search.json').read_text())['items']
+    places = [unquote(o['location']).partition('#')[::2] for o in found]
+    assert len(places)>1000
+    wrong = [(f,a) for f,a in places if a and a not in pages[f or 'index.html'].ids]
+    assert not wrong, wrong[:5]

@@ -5,15 +5,15 @@ import torch.nn as nn, torchvision.models as tv
 import dsb
 
 def resnet18(): return tv.resnet18(num_classes=10), torch.randn(2,3,64,64)
-def resnet50(): return tv.resnet50(num_classes=10), torch.randn(2,3,64,64)
-def vit_b_16(): return tv.vit_b_16(image_size=64, num_classes=10), torch.randn(2,3,64,64)
+def bottlenecks(): return tv.ResNet(tv.resnet.Bottleneck, [1,1,1,1], num_classes=10), torch.randn(2,3,64,64)
+def vit(): return tv.VisionTransformer(64, 16, 2, 4, 192, 768, num_classes=10), torch.randn(2,3,64,64)
 def convnext_tiny(): return tv.convnext_tiny(num_classes=10), torch.randn(2,3,64,64)
 def mobilenet_v3_small(): return tv.mobilenet_v3_small(num_classes=10), torch.randn(2,3,64,64)
 def encoder():
     layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
     return nn.TransformerEncoder(layer, 2), torch.randn(2,7,128)
 
-def swin_t(): return tv.swin_t(num_classes=10), torch.randn(2,3,64,64)
+def swin(): return tv.SwinTransformer([4,4], 48, [1,1,2], [3,6,12], [7,7], num_classes=10), torch.randn(2,3,64,64)
 
 def timm_model(name, size=64, **kw):
     timm = pytest.importorskip('timm', reason='timm is not installed')
@@ -50,9 +50,9 @@ def sound():
     return nn.Sequential(nn.Conv1d(4,32,5, stride=2), nn.ReLU(), nn.ConvTranspose1d(32,32,4, stride=2)), torch.randn(2,4,40)
 
 @pytest.mark.parametrize('make,sparsity,block_size', [
-    (swin_t,.9,16), (timm_vit,.9,16), (timm_mixer,.9,16), (gpt2,.8,16), (bert,.8,16), (llama,.8,16),
+    (swin,.9,16), (timm_vit,.9,16), (timm_mixer,.9,16), (gpt2,.8,16), (bert,.8,16), (llama,.8,16),
     (unet,.7,16), (video,.7,16), (sound,.6,16), (gpt2,.8,0), (unet,.7,0),
-    (resnet18,.9,16), (resnet50,.9,16), (vit_b_16,.9,16), (convnext_tiny,.9,16), (encoder,.9,16),
+    (resnet18,.9,16), (bottlenecks,.9,16), (vit,.9,16), (convnext_tiny,.9,16), (encoder,.9,16),
     (mobilenet_v3_small,.8,16), # its depthwise and small layers are more than a tenth of it
     (resnet18,.9,0), (mobilenet_v3_small,.9,0), (encoder,.9,0)])
 def test_one_training_step(make, sparsity, block_size):
@@ -74,7 +74,7 @@ def test_one_training_step(make, sparsity, block_size):
     assert all(p.isfinite().all() for p in model.parameters())
     assert any(not torch.equal(a,b) for a,b in zip(before, model.parameters()))
 
-@pytest.mark.parametrize('make', [resnet18, encoder, mobilenet_v3_small, swin_t, gpt2, unet, video, sound],
+@pytest.mark.parametrize('make', [resnet18, encoder, mobilenet_v3_small, swin, gpt2, unet, video, sound],
                          ids=lambda f: f.__name__)
 def test_densify_computes_the_same(make):
     torch.manual_seed(0)

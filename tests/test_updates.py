@@ -81,7 +81,7 @@ def test_every_rule_and_way_keeps_the_rules(case, how, kw):
     restarted = was & now & (after[0]==0) & (before[0]!=0)
     assert int(restarted.sum())<=report.layers[0].confirmed
 
-@CASES
+@settings(CASES, max_examples=CASES.max_examples//4)
 @given(layers(), rules, numbers)
 def test_threads_change_nothing(case, how, kw):
     layer,shape,seed = case

@@ -197,7 +197,7 @@ class Symbol:
         isclass,patched = isinstance(node, ast.ClassDef),_decorator(node)
         self.name = f'{patched[0]}.{node.name}' if patched else node.name
         self.kind = 'class' if isclass else 'property' if patched and 'as_prop' in patched[1] else 'def'
-        self.public = not node.name.startswith('_')
+        self.public = not self.name.startswith('_') and '._' not in self.name
         self.methods = [o.name for o in node.body if isinstance(o, ast.FunctionDef)] if isclass else []
         fn = next((o for o in node.body if getattr(o, 'name', '')=='__init__'), None) if isclass else node
         self.doc = ast.get_docstring(node) or (fn and ast.get_docstring(fn)) or ''
@@ -555,10 +555,11 @@ def page_text(
 
 # %% ../../nbs/dev/01_site.ipynb #aa6c2a0a
 def _name_row(page, s, at):
-    "A line of the table of names: a link, the module, the first line of the docstring"
+    "A line of the table of names: a link, its module, the first line of the docstring"
     more = ', '.join(f'`{o}`' for o in s.methods if o[0]!='_')
     doc = s.doc.partition('\n')[0].replace('|', r'\|')
-    return f'[`{s.name}`]({page.name}#{at[s.name]})', f'`{page.module}`', f'{doc} (methods {more})' if more else doc
+    name = f'[`{s.name}`]({page.name}#{at[s.name]}) of {page.module}'
+    return name, f'{doc} (methods {more})' if more else doc
 
 def names_text(
     pages:list, # `Page`s
@@ -566,7 +567,7 @@ def names_text(
     "The page of all public names, by the alphabet"
     rows = [(s.name.lower(), _name_row(p, s, at)) for p in pages if p.module for at in [anchors(p)]
             for c in p.cells if c.exported for s in symbols(c) if s.public]
-    table = markdown_table([['Name', 'Module', 'What it is'], *[r for _,r in sorted(rows)]], left=(0,1,2))
+    table = markdown_table([['Name', 'What it is'], *[r for _,r in sorted(rows)]], left=(0,1))
     return f'# All names\n\n> Every public function and class, by the alphabet\n\n{table}\n'
 
 # %% ../../nbs/dev/01_site.ipynb #2d2365bb
@@ -658,6 +659,15 @@ def _zensical(folder):
 # %% ../../nbs/dev/01_site.ipynb #b75234b4
 def _words(html): return re.sub(r'<[^>]*>', '', html.replace('&para;', '')).replace('"', '&quot;').strip()
 
+def _roomy(m):
+    "A cell with a width that its text needs; `m` has its tag, its style and its content"
+    size,style = min(24, -(-len(_words(m[3]))//3)),m[2] or ''
+    return m[0] if size<=8 else f'<{m[1]} style="{style}min-width: {size}ch">{m[3]}</{m[1]}>'
+
+def _breakable(m):
+    "Code of a table with the places where a line may end"
+    return re.sub(r'(?<!\S)--?[\w-]+', r'<span class="whole">\g<0></span>', re.sub(r',(?=\S)', ',<wbr>', m[0]))
+
 def scrolling(
     html:str, # a built page
 )->str:       # the same, with frames around its tables
@@ -666,7 +676,8 @@ def scrolling(
     def frame(m):
         nonlocal name
         if m[1] is not None: name = _words(m[1]) or name; return m[0]
-        table = re.sub(r'<code>[^<]*</code>', lambda c: re.sub(r',(?=\S)', ',<wbr>', c[0]), m[0])
+        table = re.sub(r'<(td)(?: style="([^"]*)")?>(.*?)</td>', _roomy, m[0], flags=re.S)
+        table = re.sub(r'(?<=<code>)[^<]*(?=</code>)', _breakable, table)
         return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
     return re.sub(r'<h[1-6][^>]*>(.*?)</h[1-6]>|<table\b.*?</table>', frame, html, flags=re.S)
 

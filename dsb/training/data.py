@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['FASHION_FILES', 'FASHION_RAW', 'FASHION_SYSTEM', 'DataError', 'DatasetInfo', 'dataset_names', 'dataset_info',
            'epoch_order', 'batch_bounds', 'crop', 'random_moves', 'as_float', 'with_channels', 'Data', 'TensorData',
-           'cached', 'IdxFile', 'FolderData', 'load_data']
+           'cached', 'IdxFile', 'FolderData', 'images_per_second', 'load_data']
 
 # %% ../../nbs/training/03_data.ipynb #6a963741
 import difflib, gzip, hashlib, io, os, pickle, shutil, socket, struct, tarfile, tempfile, threading, warnings
 import zipfile, zlib
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from http.client import HTTPException
+from itertools import islice
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -138,7 +140,8 @@ def as_float(
     info:DatasetInfo, # mean and standard deviation of the channels
 )->torch.Tensor:      # (N, C, H, W) float32, about zero mean and unit variance
     "Normalised images"
-    mean,std = (torch.tensor(v, device=x.device).view(-1,1,1)*255 for v in (info.mean, info.std))
+    def to(v): return (torch.tensor(v).view(-1,1,1)*255).to(x.device, non_blocking=True)     # nobody waits for it
+    mean,std = to(info.mean),to(info.std)
     return (x.float()-mean)/std
 
 # %% ../../nbs/training/03_data.ipynb #284f733b
@@ -764,7 +767,7 @@ class FolderData(Data):
         from torchvision import transforms as T
         super().__init__(name, info, classes, len(train), len(test), n_val=len(val), **kwargs)
         self.workers,size = workers,info.image_size
-        tail = [T.Grayscale()]*(info.channels==1) + [T.ToTensor(), T.Normalize(info.mean, info.std)]
+        tail = [T.Grayscale()]*(info.channels==1) + [T.PILToTensor()]
         middle = [T.Resize(size*8//7), T.CenterCrop(size)]
         part = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
         tfms = T.Compose([*part, *tail]),T.Compose([*middle, *tail])
@@ -778,7 +781,9 @@ def _load(self:FolderData, batches):
     loader = torch.utils.data.DataLoader(self.images, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda,
                                          generator=torch.Generator())
     try:
-        for x,y in loader: yield x.to(self.device, non_blocking=cuda),y.to(self.device, non_blocking=cuda)
+        for x,y in loader:
+            x,y = (t.to(self.device, non_blocking=cuda) for t in (x, y))
+            yield as_float(x, self.info),y
     except DataError as e:  # a worker wraps the message in its traceback, whose last line it is
         raise DataError(str(e).strip().splitlines()[-1].removeprefix('dsb.training.data.DataError: ')) from None
     except RuntimeError as e:
@@ -811,6 +816,31 @@ def test_batches(self:FolderData): # yields x (N, C, H, W) float32, y (N,) int64
 def val_batches(self:FolderData): # yields x (N, C, H, W) float32, y (N,) int64
     "This process's validation images, handed out like test images"
     return self._as_they_are('val')
+
+# %% ../../nbs/training/03_data.ipynb #18b8bd87
+@patch
+def unreadable(self:FolderData)->list: # of messages, in the order of the files
+    "What is wrong with the images that cannot be read, training, validation and test"
+    from multiprocessing.pool import ThreadPool
+    def fault(path):
+        try: _open_image(path)
+        except DataError as e: return str(e)
+    paths = [p for part in (self.images.train, *self.images.held.values()) for p,_ in part]
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool: return [o for o in pool.imap(fault, paths, chunksize=64) if o]
+
+# %% ../../nbs/training/03_data.ipynb #cf4fdf56
+def images_per_second(
+    data:Data,      # any
+    batches:int=50, # how many to wait for, less at the end of the epoch
+)->float:
+    "Training images delivered in a second of one process"
+    found = islice(data.train_batches(0), batches+1)
+    next(found, None)
+    begin = perf_counter()
+    n = sum(len(y) for _,y in found)
+    if data.device.type=='cuda': torch.cuda.synchronize(data.device)
+    if not n: raise DataError(f'{data.name}: an epoch of one batch, expected two at least to time the second')
+    return n/(perf_counter()-begin)
 
 # %% ../../nbs/training/03_data.ipynb #4a8f69b4
 _IMAGENET = ('it needs folders train and val with one folder of images for each class, '
