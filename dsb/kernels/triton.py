@@ -264,8 +264,8 @@ def _forward(x, v, bias, y, rows, ptr, off, pos, N, Q, G,
         k = k0 + tl.arange(0, BK)
         X0 = x + tl.load(off+k).to(tl.int64)*N
         V0 = v + k*B
-        if SWAP: acc = tl.dot(tl.load(X0[None,:]+at[:,None]), tl.load(V0[:,None]+(r%B)[None,:]), acc, input_precision=PREC)
-        else: acc = tl.dot(tl.load(V0[None,:]+(r%B)[:,None]), tl.load(X0[:,None]+at[None,:]), acc, input_precision=PREC)
+        if SWAP: acc = tl.dot(tl.load(X0[None,:]+at[:,None]), tl.load(V0[:,None]+(r%B)[None,:]), acc, PREC)
+        else: acc = tl.dot(tl.load(V0[None,:]+(r%B)[:,None]), tl.load(X0[:,None]+at[None,:]), acc, PREC)
     if B%BK:
         if full<end:
             k = full + tl.arange(0, BK)
@@ -315,13 +315,13 @@ def forward(
 def by_channel(
     s:ShuffledBlocks, # structure of the weight
     f:Shape,          # sizes
-)->tuple: # place (n_blocks·B,) of each column, taps (n_blocks·B,) in that order, and seg (C+1,): where a channel begins
+)->tuple: # place (n_blocks·B,) of each column, taps (n_blocks·B,) in that order, seg (C+1,): begin of each channel
     "Columns sorted by the channel that they read; int32"
     def make(s):
         taps,first = math.prod(f.a.kernel_size),s.rows[::s.block_size].long()//(f.O//f.a.groups)*(f.C//f.a.groups)
         c,order = (first[s.col_group] + s.cols//taps).sort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=c.device))
-        return place.int(),(s.cols%taps)[order].int(),torch.searchsorted(c, torch.arange(f.C+1, device=c.device)).int()
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=c.device)).int()
+        return place,(s.cols%taps)[order].int(),torch.searchsorted(c, torch.arange(f.C+1, device=c.device)).int()
     return table(s, ('by channel',f.C,f.a), make)
 
 # %% ../../nbs/kernels/07_triton.ipynb #8b3a6c66
@@ -356,7 +356,7 @@ def _panels(dy, v, p, rows, ptr, place, N, n, L, Q, G,
     for k0 in tl.range(tl.load(ptr+g), end, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
         V0 = v + (k[:,None]*B + r[None,:])
-        if B%BK: V,to = tl.load(V0, mask=(k<end)[:,None] & (r<B)[None,:], other=0.),tl.load(place+k, mask=k<end, other=0)
+        if B%BK: V,to = tl.load(V0, mask=(k<end)[:,None]&(r<B)[None,:], other=0.),tl.load(place+k, mask=k<end, other=0)
         else: V,to = tl.load(V0),tl.load(place+k)
         P,P0 = tl.dot(V, D, input_precision=PREC).to(p.dtype.element_ty),(p + to.to(tl.int64)*L)[:,None] + q[None,:]
         if B%BK: tl.store(P0, P, mask=(k<end)[:,None] & (q<L)[None,:])
