@@ -286,7 +286,7 @@ def test_folder_is_taken(run, capsys):
 @pytest.mark.parametrize('options, says', [
     ('--lr 0.2', '--lr 0.2 contradicts the run in'), ('--epochs 9', 'which has 1'), ('--sparsity 0.8', 'which has 0.9'), ('--block_size 8', 'which has 16'),
     ('--static_update y', 'which has method dsb'), ('--method rigl', 'which has dsb'), ('--seed 1', 'which has 0'), ('--n_val 9', '--n_val 9 contradicts'), ('--model mlp', 'which has lenet300-100'),
-    ('--amp', 'which has False'), ('--print_freq -1', 'print_freq=-1'), ('--device gpu', "device='gpu'")])
+    ('--amp', 'which has None'), ('--print_freq -1', 'print_freq=-1'), ('--device gpu', "device='gpu'")])
 def test_resume_contradiction(options, says, run, capsys):
     assert says in ends(capsys, 2, ['train', '--resume', run, *options.split()])
 
