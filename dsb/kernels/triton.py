@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TILES', 'DENSE', 'Kernel', 'batch_last', 'batch_first', 'Shape', 'shape_of', 'Kept', 'table', 'offsets', 'positions',
-           'forward', 'by_tap', 'input_gradient', 'chunks', 'weight_gradient', 'compiled_for', 'precisions', 'tiles',
-           'candidates', 'guess', 'Choices', 'choose', 'supports', 'check', 'conv2d', 'conv2d_backward', 'linear',
-           'linear_backward']
+           'forward', 'by_channel', 'sources', 'input_gradient', 'chunks', 'weight_gradient', 'compiled_for',
+           'compiled_tile', 'precisions', 'tiles', 'candidates', 'guess', 'Choices', 'choose', 'supports', 'check',
+           'conv2d', 'conv2d_backward', 'linear', 'linear_backward']
 
 # %% ../../nbs/kernels/07_triton.ipynb #36de2f9d
 import functools, inspect, json, math, os
@@ -47,7 +47,7 @@ class Kernel:
         return InterpretedFunction(self.fn)
 
 # %% ../../nbs/kernels/07_triton.ipynb #23cc171c
-_RESULTS = 'dst','y','dx','out'   # parameters that a kernel writes to
+_RESULTS = 'dst','y','p','dx','out'   # parameters that a kernel writes to
 
 @patch
 def __call__(self:Kernel,
@@ -262,10 +262,10 @@ def _forward(x, v, bias, y, rows, ptr, off, pos, N, Q, G,
     acc = tl.full([BQ,M] if SWAP else [M,BQ], 0., tl.float32)
     for k0 in tl.range(begin, full, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
-        X = tl.load((x + tl.load(off+k).to(tl.int64)*N)[:,None] + at[None,:])
-        V = tl.load(v + (k[:,None]*B + (r%B)[None,:]))
-        if SWAP: acc = tl.dot(tl.trans(X), V, acc, input_precision=PREC)
-        else: acc = tl.dot(tl.trans(V), X, acc, input_precision=PREC)
+        X0 = x + tl.load(off+k).to(tl.int64)*N
+        V0 = v + k*B
+        if SWAP: acc = tl.dot(tl.load(X0[None,:]+at[:,None]), tl.load(V0[:,None]+(r%B)[None,:]), acc, PREC)
+        else: acc = tl.dot(tl.load(V0[None,:]+(r%B)[:,None]), tl.load(X0[:,None]+at[None,:]), acc, PREC)
     if B%BK:
         if full<end:
             k = full + tl.arange(0, BK)
@@ -312,53 +312,88 @@ def forward(
     return y
 
 # %% ../../nbs/kernels/07_triton.ipynb #514a931c
-def by_tap(
+def by_channel(
     s:ShuffledBlocks, # structure of the weight
     f:Shape,          # sizes
-)->tuple: # order (n_blocks·B,) of columns, their channels, and seg (G·taps+1,) where each run begins; int32
-    "Columns sorted by row group and tap"
+)->tuple: # place (n_blocks·B,) of each column, taps (n_blocks·B,) in that order, seg (C+1,): begin of each channel
+    "Columns sorted by the channel that they read; int32"
     def make(s):
-        taps,B = math.prod(f.a.kernel_size),s.block_size
-        key,order = (s.col_group*taps + s.cols%taps).sort(stable=True)
-        first = s.rows[::B].long()//(f.O//f.a.groups)*(f.C//f.a.groups)
-        c = (first[s.col_group] + s.cols//taps)[order]
-        runs = torch.arange(s.n_groups*taps+1, device=key.device)
-        return order.int(),c.int(),torch.searchsorted(key, runs).int()
-    return table(s, ('by tap',f.C,f.a), make)
+        taps,first = math.prod(f.a.kernel_size),s.rows[::s.block_size].long()//(f.O//f.a.groups)*(f.C//f.a.groups)
+        c,order = (first[s.col_group] + s.cols//taps).sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=c.device)).int()
+        return place,(s.cols%taps)[order].int(),torch.searchsorted(c, torch.arange(f.C+1, device=c.device)).int()
+    return table(s, ('by channel',f.C,f.a), make)
+
+# %% ../../nbs/kernels/07_triton.ipynb #8b3a6c66
+def sources(
+    s:ShuffledBlocks, # structure, with which the table is kept
+    f:Shape,          # sizes
+)->Tensor: # (taps, H, W) int32; empty where a position sees itself
+    "The pixel of the output that saw each pixel of the input by each tap"
+    if f.flat: return s.cols[:0]
+    def make(s):
+        def along(n, out, k, stride, pad, dil):
+            at = torch.arange(n, device=s.cols.device) + pad - dil*torch.arange(k, device=s.cols.device)[:,None]
+            return torch.where((at>=0) & (at%stride==0) & (at//stride<out), at//stride, -1)
+        h,w = (along(*o) for o in zip((f.H,f.W), (f.Ho,f.Wo), *f.a[:4]))
+        h,w = h[:,None,:,None],w[:,None]
+        return torch.where((h>=0) & (w>=0), h*f.Wo+w, -1).flatten(0, 1).int(),
+    return table(s, ('sources',*f[1:]), make)[0]
 
 # %% ../../nbs/kernels/07_triton.ipynb #7faddeef
 @Kernel
-def _input_gradient(dy, v, dx, rows, order, chan, seg, N, H, W, Ho, Wo, sh, sw, ph, pw, dh, dw, G, each, tiles, size,
-                    KH: tl.constexpr, KW: tl.constexpr, B: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr,
-                    BK: tl.constexpr, BQ: tl.constexpr, PREC: tl.constexpr):
-    """Add what `each` row groups give to BQ positions of dx (parts, C, H·W·N), which is zero before"""
-    part = tl.program_id(0)//tiles
-    q = tl.program_id(0)%tiles*BQ + tl.arange(0, BQ)
-    n = tl.max_contiguous(tl.multiple_of(q%N, VEC), VEC)
-    Q = H*W*N
-    mine = dx + part.to(tl.int64)*size
-    for run in range(part*each*(KH*KW), tl.minimum(part*each+each, G)*(KH*KW)):
-        begin = tl.load(seg+run)
-        end = tl.load(seg+run+1)
-        if begin<end:
-            t = run%(KH*KW)
-            r = tl.arange(0, M)
-            row = tl.load(rows + run//(KH*KW)*B + r, mask=r<B, other=-1)
-            h = q//N//W + ph - t//KW*dh
-            w = q//N%W + pw - t%KW*dw
-            ok = (h>=0) & (w>=0) & (h%sh==0) & (w%sw==0) & (h//sh<Ho) & (w//sw<Wo)
-            at = tl.max_contiguous(tl.multiple_of(((h//sh)*Wo + w//sw)*N + n, VEC), VEC)
-            D0 = dy + row.to(tl.int64)*(Ho*Wo*N)
-            D = tl.load(D0[:,None] + at[None,:], mask=(row>=0)[:,None] & ok[None,:], other=0.)
-            for k0 in range(begin, end, BK):
-                k = k0 + tl.arange(0, BK)
-                id = tl.load(order+k, mask=k<end, other=0)
-                V = tl.load(v + (id[:,None]*B + r[None,:]), mask=(k<end)[:,None] & (r<B)[None,:], other=0.)
-                c = tl.load(chan+k, mask=k<end, other=0).to(tl.int64)
-                to = (mine + c*Q)[:,None] + q[None,:]
-                there = (k<end)[:,None] & (q<Q)[None,:]
-                tl.store(to, tl.load(to, mask=there, other=0.) + tl.dot(V, D, input_precision=PREC), mask=there)
-            tl.debug_barrier()
+def _panels(dy, v, p, rows, ptr, place, N, n, L, Q, G,
+            B: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
+            PREC: tl.constexpr, STAGES: tl.constexpr):
+    """Columns of one group, at BQ positions of `n` of the N images: p (n_cols, L), sorted by channel"""
+    g = tl.program_id(0)%G
+    q = tl.program_id(0)//G*BQ + tl.arange(0, BQ)
+    at = tl.max_contiguous(tl.multiple_of(q//n*N + q%n, VEC), VEC)
+    r = tl.arange(0, M)
+    row = tl.load(rows + g*B + r, mask=r<B, other=-1)
+    D = tl.load(dy + (row.to(tl.int64)[:,None]*Q + at[None,:]), mask=(row>=0)[:,None] & (q<L)[None,:], other=0.)
+    end = tl.load(ptr+g+1)
+    for k0 in tl.range(tl.load(ptr+g), end, BK, num_stages=STAGES):
+        k = k0 + tl.arange(0, BK)
+        V0 = v + (k[:,None]*B + r[None,:])
+        if B%BK: V,to = tl.load(V0, mask=(k<end)[:,None]&(r<B)[None,:], other=0.),tl.load(place+k, mask=k<end, other=0)
+        else: V,to = tl.load(V0),tl.load(place+k)
+        P,P0 = tl.dot(V, D, input_precision=PREC).to(p.dtype.element_ty),(p + to.to(tl.int64)*L)[:,None] + q[None,:]
+        if B%BK: tl.store(P0, P, mask=(k<end)[:,None] & (q<L)[None,:])
+        else: tl.store(P0, P, mask=(q<L)[None,:])
+
+# %% ../../nbs/kernels/07_triton.ipynb #b544e52d
+@Kernel
+def _collect(src, dx, seg, taps, sources, N, n, L, HW, tiles,
+             VEC: tl.constexpr, FLAT: tl.constexpr, BQ: tl.constexpr):
+    """Sum of the columns of one channel, for BQ positions of `n` of the N images of dx (C, H·W, N)"""
+    c = tl.program_id(0)//tiles
+    run = tl.program_id(0)%tiles*(BQ//VEC) + tl.arange(0, BQ//VEC)
+    pixel = run*VEC//n
+    i = tl.multiple_of(run*VEC%n, VEC)[:,None] + tl.arange(0, VEC)[None,:]
+    acc = tl.full([BQ//VEC,VEC], 0., tl.float32)
+    begin = tl.load(seg+c)
+    src += begin.to(tl.int64)*L
+    for e in range(begin, tl.load(seg+c+1)):
+        at = pixel
+        if not FLAT: at = tl.load(sources + tl.load(taps+e)*HW + pixel, mask=pixel<HW, other=-1)
+        there = (at>=0) & (pixel<HW)
+        at = tl.multiple_of(at*n, VEC)[:,None] + i
+        acc += tl.load(src + at, mask=there[:,None], other=0.).to(tl.float32)
+        src += L
+    to = dx + (c.to(tl.int64)*HW*N + (tl.multiple_of(pixel*N, VEC)[:,None] + i))
+    tl.store(to, acc.to(dx.dtype.element_ty), mask=(pixel<HW)[:,None])
+
+# %% ../../nbs/kernels/07_triton.ipynb #a9358a0c
+def _slab(
+    N:int,      # images
+    vec:int,    # a slab is a multiple of it
+    nbytes:int, # of the panels of one image
+    most:int,   # bytes of a slab, about
+)->int: # images
+    "Slabs of the same size, as far as possible"
+    parts = -(-N//max(vec, most//nbytes//vec*vec))
+    return -(-N//(parts*vec))*vec
 
 # %% ../../nbs/kernels/07_triton.ipynb #9ddae852
 def input_gradient(
@@ -366,22 +401,25 @@ def input_gradient(
     values:Tensor,    # (n_blocks·B, B)
     s:ShuffledBlocks, # structure of the weight
     f:Shape,          # sizes
-    BK:int=32, BQ:int=64, # tile: columns, positions
-    programs:int=0,   # how many there should be, about; 0: one for each tile
+    BK:int=32, BQ:int=128, # tile: columns, positions
+    slab:int=24,      # megabytes of panels at a time, about
     precision:str='ieee', # as in `forward`, of `dy`
-    **launch,         # `num_warps`, `num_stages`
-)->Tensor: # (C, H, W, N) float32
+    num_stages:int=3, num_warps:int=4, # loads in flight, warps of a program
+)->Tensor: # (C, H, W, N)
     "The input gradient, images innermost"
-    a,tiles,G = f.a,-(-f.H*f.W*f.N//BQ),s.n_groups
-    each = -(-G//max(1, min(G, programs//tiles)))
-    dx = torch.zeros(-(-G//each), f.C, f.H, f.W, f.N, device=dy.device)
-    order,chan,seg = by_tap(s, f)
-    sizes = f.N, f.H, f.W, f.Ho, f.Wo, *a.stride, *a.padding, *a.dilation, G, each, tiles, dx[0].numel()
-    (kh,kw),B = a.kernel_size,s.block_size
-    data = dy,_factor(values, precision),dx,s.rows,order,chan,seg
-    _input_gradient((tiles*len(dx),), *data, *sizes, KH=kh, KW=kw,
-                    B=B, M=max(16,B), VEC=f.vec, BK=BK, BQ=BQ, PREC=precision, **launch)
-    return dx[0] if len(dx)==1 else dx.sum(0)
+    (place,taps,seg),pixels,HW = by_channel(s, f),f.Ho*f.Wo,f.H*f.W
+    n = _slab(f.N, f.vec, len(s.cols)*pixels*dy.element_size(), slab<<20)
+    dx,p,v = dy.new_empty(f.C, f.H, f.W, f.N),dy.new_empty(len(s.cols), pixels*n),_factor(values, precision)
+    for first in range(0, f.N, n):
+        n = min(n, f.N-first)
+        L,each = pixels*n,f.vec*max(1, 1024//f.vec)
+        tiles = -(-HW*n//each)
+        _panels((s.n_groups*-(-L//BQ),), dy[...,first:], v, p, s.rows, s.group_ptr, place, f.N, n, L, f.Q, s.n_groups,
+                B=s.block_size, M=max(16,s.block_size), VEC=f.vec, BK=BK, BQ=BQ, PREC=precision, STAGES=num_stages,
+                num_warps=num_warps)
+        _collect((f.C*tiles,), p, dx[...,first:], seg, taps, sources(s, f), f.N, n, L, HW, tiles, VEC=f.vec,
+                 FLAT=f.flat, BQ=each)
+    return dx
 
 # %% ../../nbs/kernels/07_triton.ipynb #49a95a00
 def chunks(
@@ -467,7 +505,7 @@ def weight_gradient(
     return out[0] if splits==1 else out.sum(0)
 
 # %% ../../nbs/kernels/07_triton.ipynb #b25ea07b
-_POINTERS = dict(dict.fromkeys('rows ptr off pos order chan seg group first'.split(), '*i32'), dx='*fp32', out='*fp32')
+_POINTERS = dict(dict.fromkeys('rows ptr off pos place seg taps sources group first'.split(), '*i32'), out='*fp32')
 
 def compiled_for(
     kernel:Kernel,   # one of this notebook
@@ -480,12 +518,26 @@ def compiled_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     names = list(inspect.signature(kernel.fn).parameters)
-    tensors = _POINTERS | {o:f'*{dtype}' for o in ('x','v','bias','y','dy','src','dst')}
+    tensors = _POINTERS | {o:f'*{dtype}' for o in ('x','v','bias','y','dy','p','src','dst','dx')}
     signature = {o:'constexpr' if o in const else tensors.get(o, 'i32') for o in names}
-    aligned = [o for o in names if o in tensors or o in ('N','Q','per','n_cols','size')]
+    aligned = [o for o in names if o in tensors or o in ('N','n','L','Q','per','n_cols')]
     source = ASTSource(kernel.compiled, signature, const, {(names.index(o),):[['tt.divisibility',16]] for o in aligned})
     launch = dict(num_warps=num_warps, num_stages=num_stages)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=launch)
+
+# %% ../../nbs/kernels/07_triton.ipynb #2d5c2bb5
+def compiled_tile(
+    product:str,      # a key of `TILES`
+    tile:dict,        # one of `tiles`
+    dtype:str, capability:int, # as in `compiled_for`
+    B:int,            # block size
+): # as `compiled_for` gives it
+    "The kernel that multiplies, for a product and a tile"
+    const = {k:tile[k] for k in ('BK','BQ','num_warps')}|dict(STAGES=tile['num_stages'], PREC=tile['precision'])
+    if product=='forward': const |= dict(SWAP=tile['swap'], BIAS=True, RELU=False)
+    if product!='input_gradient': const['FLAT'] = False
+    kernel = dict(forward=_forward, input_gradient=_panels, weight_gradient=_weight_gradient)[product]
+    return compiled_for(kernel, dtype, capability, B=B, M=max(16,B), VEC=16, **const)
 
 # %% ../../nbs/kernels/07_triton.ipynb #f6feab6a
 def precisions(
@@ -506,9 +558,11 @@ TILES = dict(
              dict(BK=32, BQ=128, swap=False, num_warps=4, num_stages=6),
              dict(BK=32, BQ=64, swap=True, num_warps=4, num_stages=6),
              dict(BK=16, BQ=64, swap=False, num_warps=4, num_stages=6)],
-    input_gradient=[dict(BK=32, BQ=64, programs=1024, num_warps=4, num_stages=3),
-                    dict(BK=32, BQ=128, programs=0, num_warps=4, num_stages=3),
-                    dict(BK=16, BQ=64, programs=4096, num_warps=4, num_stages=3)],
+    input_gradient=[dict(BK=64, BQ=128, slab=24, num_warps=4, num_stages=3),
+                    dict(BK=32, BQ=128, slab=24, num_warps=4, num_stages=3),
+                    dict(BK=16, BQ=256, slab=24, num_warps=4, num_stages=3),
+                    dict(BK=32, BQ=128, slab=192, num_warps=4, num_stages=3),
+                    dict(BK=16, BQ=256, slab=192, num_warps=4, num_stages=3)],
     weight_gradient=[dict(BK=64, BQ=64, programs=1024, num_warps=4, num_stages=5),
                      dict(BK=64, BQ=128, programs=1024, num_warps=4, num_stages=4),
                      dict(BK=128, BQ=64, programs=1024, num_warps=8, num_stages=4),
@@ -520,10 +574,11 @@ def tiles(
     precision:str, # as in `forward`
     B:int,         # block size
 )->list: # arguments of the product's function
-    "The tiles for which the registers suffice: three products at a time need three times as many"
-    large = B>=64 and (precision=='tf32x3' or product=='input_gradient')
-    most = 2048 if large else 4096 if precision=='tf32x3' else math.inf
-    return [dict(o, precision=precision) for o in TILES[product] if o['BK']*o['BQ']<=most]
+    "The tiles for which the registers suffice; of the input gradient those that divide the columns of a group, too"
+    panels = product=='input_gradient'
+    most = math.inf if precision!='tf32x3' else 2048 if B>=64 and not panels else 4096
+    widest = max(16, B) if panels else math.inf
+    return [dict(o, precision=precision) for o in TILES[product] if o['BK']*o['BQ']<=most and o['BK']<=widest]
 
 # %% ../../nbs/kernels/07_triton.ipynb #44e3d21e
 def candidates(
@@ -537,12 +592,13 @@ def candidates(
 
 # %% ../../nbs/kernels/07_triton.ipynb #1cd21996
 def guess(
-    product:str, # a key of `TILES`
-    ways:list,   # as `candidates` gives them
+    product:str,      # a key of `TILES`
+    ways:list,        # as `candidates` gives them
+    s:ShuffledBlocks, # structure of the weight
 ): # one of them
     "The way to take where nothing was measured"
-    exact = ways[0]['precision']=='tf32x3'
-    return DENSE if product=='input_gradient' and not exact else ways[0]
+    rare = 60 if ways[0]['precision']=='tf32x3' else 400
+    return DENSE if product=='input_gradient' and s.density*rare>s.block_size else ways[0]
 
 # %% ../../nbs/kernels/07_triton.ipynb #036d2cdc
 class Choices:
@@ -629,11 +685,11 @@ def choose(
     key = 'way',product,x.dtype,exactness,fmt,tune,f
     if key in s.cache: return s.cache[key]
     ways = candidates(product, x.dtype, conv, s.block_size)
-    if not tune: return guess(product, ways)
+    if not tune: return guess(product, ways, s)
     kind = f'{"conv" if conv else "linear"} {str(x.dtype)[6:]} {"/".join(exactness)}'
     case = f'{product} {kind} {fmt} B{s.block_size} n{s.n_blocks} {tuple(f[:-1])} {tuple(f.a)}'
     choices = _choices(x.device.index)
-    if torch.cuda.is_current_stream_capturing(): return choices.load().get(case, guess(product, ways))
+    if torch.cuda.is_current_stream_capturing(): return choices.load().get(case, guess(product, ways, s))
     if case not in choices.load(): _announce(choices.path)
     s.cache[key] = choices(case, ways, lambda way: _median(run, way, x.device))
     return s.cache[key]
