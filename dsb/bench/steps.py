@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['STEP_OPTIONS', 'bench_model', 'ends', 'random_batch', 'Step', 'bound', 'flop_share', 'kind_of', 'no_stderr', 'shares',
-           'sparse_plans', 'sparse_model', 'step_functions', 'step_record', 'beside_any', 'measure_step', 'step_table',
-           'steps_table', 'plot_steps', 'step_job']
+           'peak_memory', 'sparse_plans', 'sparse_model', 'step_functions', 'step_record', 'beside_any', 'measure_step',
+           'step_table', 'steps_table', 'plot_steps', 'step_job']
 
 # %% ../../nbs/bench/03_steps.ipynb #adf40a0a
-import os, re, sys, time
+import ctypes, os, re, sys, time
 import numpy as np
 import torch
 import torch.nn.functional as F
 from contextlib import contextmanager
 from fastcore.basics import patch
+from pathlib import Path
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from .timing import (COMMON_OPTIONS, FORMATS, NUMBERS_OPTION, as_ratio, checked, fma_burst, interleave,
@@ -168,6 +169,24 @@ def shares(
     mid = {k: float(np.median([s.get(k, 0) for s in spent])) for k in spent[0]}
     return {k: v/sum(mid.values()) for k, v in sorted(mid.items(), key=lambda o: -o[1])}
 
+# %% ../../nbs/bench/03_steps.ipynb #fa421284
+def _process_bytes(name):
+    "A size that Linux tells about this process, such as VmRSS"
+    lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
+    return next(1024*int(o.split()[1]) for o in lines if o.startswith(f'{name}:'))
+
+def peak_memory(
+    step, # a function of no arguments, called once before
+)->float: # in MB (10⁶ bytes); None where the system does not tell
+    "How far memory rises while a function runs"
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')   # forget the peak
+        before = _process_bytes('VmRSS')
+        step()
+        return (_process_bytes('VmHWM')-before)/1e6
+    except (OSError, AttributeError, StopIteration): return None
+
 # %% ../../nbs/bench/03_steps.ipynb #3e3af4ee
 def sparse_plans(
     name:str,            # of a network
@@ -236,9 +255,10 @@ def _timed(samples):
     return dict(**spread(samples[:, 0]), faults=float(np.median(samples[:, 1])))
 
 # %% ../../nbs/bench/03_steps.ipynb #d6dce320
-def _dense_record(samples, parts, early):
+def _dense_record(samples, parts, early, peaks):
     "The dense side of a record: all modes, the best that was not fused, the best without torch.compile"
-    dense = {k[1]: dict(**_timed(v), shares=parts.get(k)) for k, v in samples.items() if k[0] == 'dense'}
+    dense = {k[1]: dict(**_timed(v), peak_mb=peaks.get(k), shares=parts.get(k))
+             for k, v in samples.items() if k[0] == 'dense'}
     ms = {mode: v['ms'] for mode, v in dense.items()}
     best = min((mode for mode in ms if mode != 'fused'), key=ms.get)
     eager = min((mode for mode in ms if mode in FORMATS), key=ms.get)
@@ -251,17 +271,19 @@ def step_record(
     parts:dict,    # key -> kind of work -> share
     left:dict,     # (distribution, density) -> share of the work that is left
     early:dict=None, # dense mode -> `spread` in the qualifying round
+    peaks:dict=None, # key -> MB, of `peak_memory`
 )->dict: # 'dense' and 'sparse' variants
     "What was measured of a network in one kind of numbers"
-    r, rows = _dense_record(samples, parts, early or {}), []
+    peaks = peaks or {}
+    r, rows = _dense_record(samples, parts, early or {}, peaks), []
     for k, v in samples.items():
         if k[0] == 'dense': continue
         _, dist, d, fmt = k
         mine, share = _timed(v), left[dist, d]
         t = bound(r['dense'][r['best_eager']]['ms'], r['conv_share'], share)
         ratio, most = r['dense_ms']/mine['ms'], r['dense_ms']/t
-        rows.append(dict(distribution=dist, density=d, format=fmt, **mine, ratio=ratio, flop_share=share, bound_ms=t,
-                         bound_ratio=most, of_bound=ratio/most, shares=parts.get(k)))
+        rows.append(dict(distribution=dist, density=d, format=fmt, **mine, peak_mb=peaks.get(k), ratio=ratio,
+                         flop_share=share, bound_ms=t, bound_ratio=most, of_bound=ratio/most, shares=parts.get(k)))
     return r | dict(sparse=rows)
 
 # %% ../../nbs/bench/03_steps.ipynb #ca88e3f6
@@ -321,10 +343,10 @@ def measure_step(
     samples, early, peak, out = _run_steps(name, fns, repeats)
     def of(kind, d): return {k[1:]: v for k, v in d.items() if k[0] == kind}
     def record(kind):
-        mine, before = of(kind, samples), {k[1]: v for k, v in of(kind, early).items()}
-        parts = _all_shares(of(kind, fns), mine, max(3, repeats))
+        steps, mine, before = of(kind, fns), of(kind, samples), {k[1]: v for k, v in of(kind, early).items()}
+        parts, peaks = _all_shares(steps, mine, max(3, repeats)), {k: peak_memory(steps[k]) for k in mine}
         head = dict(model=name, numbers=kind, batch=batch, macs=sum(macs.values()), fused=fused, peak_gflops=peak)
-        return head | step_record(mine, parts, left, before)
+        return head | step_record(mine, parts, left, before, peaks)
     records = beside_any([record(kind) for kind in kinds])
     if compiled: torch._dynamo.reset()
     return records, left_out(name, out)
@@ -332,6 +354,8 @@ def measure_step(
 # %% ../../nbs/bench/03_steps.ipynb #83a0a3f1
 _SHORT = {'sparse kernels': 'sparse', 'dense conv/linear': 'dense', 'normalisation': 'norm', 'activation': 'act',
           'pooling': 'pool', 'optimizer': 'opt', 'other': 'other'}
+
+def _mb(v): return '' if v.get('peak_mb') is None else f"{v['peak_mb']:.0f}"
 
 def _percents(shares): return [f'{100*shares.get(k, 0):.0f}' if shares else '' for k in _SHORT]
 
@@ -341,14 +365,14 @@ def _dense_line(r, mode):
     name = 'channels_last, fused' if mode == 'fused' else mode
     mark = 'best' if mode == r['best_dense'] else as_ratio(r['dense_ms']/v['ms'])
     other = as_ratio(r['any_ms']/v['ms']) if 'any_ms' in r else ''
-    return [f'dense {name}', f"{v['ms']:.1f}", mark, other, '', '', f"{v['faults']:.0f}", *_percents(v['shares'])]
+    return [f'dense {name}', f"{v['ms']:.1f}", mark, other, '', '', f"{v['faults']:.0f}", _mb(v), *_percents(v['shares'])]
 
 # %% ../../nbs/bench/03_steps.ipynb #c9b7ea39
 def _early_line(r, mode):
     "The line of a dense mode that did not qualify"
     seen = r['qualifying']
     ratio = as_ratio(min(v['ms'] for v in seen.values())/seen[mode]['ms'])
-    return [f'dense {mode}, qualifying', f"{seen[mode]['ms']:.1f}", ratio, '', '', '', '', *_percents(None)]
+    return [f'dense {mode}, qualifying', f"{seen[mode]['ms']:.1f}", ratio, '', '', '', '', '', *_percents(None)]
 
 # %% ../../nbs/bench/03_steps.ipynb #477727a4
 def _sparse_line(r, s):
@@ -356,7 +380,7 @@ def _sparse_line(r, s):
     name = f"{s['distribution']} {s['density']:g}" + ', fused'*r['fused'] + ', nchw'*(s['format'] == 'nchw')
     other = as_ratio(s['ratio_any']) if 'ratio_any' in s else ''
     return [name, f"{s['ms']:.1f}", as_ratio(s['ratio']), other, as_ratio(s['bound_ratio']), f"{s['of_bound']:.2f}",
-            f"{s['faults']:.0f}", *_percents(s['shares'])]
+            f"{s['faults']:.0f}", _mb(s), *_percents(s['shares'])]
 
 # %% ../../nbs/bench/03_steps.ipynb #61f6866c
 def step_table(
@@ -365,10 +389,12 @@ def step_table(
     "The record of a network: dense modes, then sparse variants"
     kinds = [f'{s} %' for s in _SHORT.values()]
     title = f"{r['model']}, batch {r['batch']}" + (f", {r['numbers']}" if 'numbers' in r else '')
-    head = [title, 'ms', 'ratio', 'any', 'bound', 'of it', 'faults', *kinds]
+    head = [title, 'ms', 'ratio', 'any', 'bound', 'of it', 'faults', 'MB', *kinds]
     early = [_early_line(r, m) for m in r.get('qualifying', {}) if m not in r['dense']]
     lines = [head, *early, *(_dense_line(r, m) for m in r['dense']), *(_sparse_line(r, s) for s in r['sparse'])]
-    return text_table([[t for t, title in zip(line, head) if title != 'any' or 'any_ms' in r] for line in lines])
+    known = any(v.get('peak_mb') for v in (*r['dense'].values(), *r['sparse']))
+    out = ['any']*('any_ms' not in r) + ['MB']*(not known)
+    return text_table([[t for t, title in zip(line, head) if title not in out] for line in lines])
 
 # %% ../../nbs/bench/03_steps.ipynb #b797150d
 def _across(records):
@@ -390,7 +416,8 @@ def steps_table(
     several = any('any_ms' in r for r in records)
     words = ('ratio: best dense time' + ' of the same numbers'*several + ' over this; '
              + 'any: best dense time of any numbers over this; '*several + 'bound: the ratio if only convolutions got '
-             'faster,\nby their share of the work; faults: page faults of a step; %: of the step, by kind of work')
+             'faster,\nby their share of the work; faults: page faults of a step; MB: peak of its memory; '
+             '%: of the step, by kind of work')
     return '\n\n'.join([*map(step_table, records), *['\n'.join(_across(records))]*several, words])
 
 # %% ../../nbs/bench/03_steps.ipynb #df8b0e64

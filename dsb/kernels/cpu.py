@@ -24,9 +24,9 @@ cpp = Pieces('nbs/kernels/05_cpu.ipynb', packing.cpp)
 # %% ../../nbs/kernels/05_cpu.ipynb #ee4f9e79
 cpp('registers', '', r'''
 #if defined(__AVX512F__) || defined(__aarch64__)
-enum { FR=8, FP=3, DR=8, DP=2, WT=16, WP=8 };
+enum { FR=8, FP=3, DR=8, DP=2, WT=16, WP=8, RP=8 };
 #else
-enum { FR=4, FP=3, DR=4, DP=3, WT=8,  WP=4 };
+enum { FR=4, FP=3, DR=4, DP=3, WT=8,  WP=4, RP=4 };
 #endif
 ''')
 
@@ -321,6 +321,103 @@ extern "C" void dsb_forward(const Geo* g, const Str* s, const number* x, const A
     stream_end(); } }
 ''')
 
+# %% ../../nbs/kernels/05_cpu.ipynb #6a153522
+cpp('row_tile', 'bf16 registers', r'''
+template<int L> struct Lanes { typedef float vec __attribute__((vector_size(4*L), may_alias, aligned(4))); };
+template<class W> INL W rounded(W v){                         // to bfloat16 and back
+  typedef uint32_t bits __attribute__((vector_size(sizeof(W)), may_alias));
+  const bits u=(bits)v;
+  return (W)((v!=v ? u|0x400000 : u+0x7fff+(u>>16&1))&0xffff0000u); }
+template<class X, int L, int NR, int P> static __attribute__((noinline)) void row_tile(const float* const* x, const int* off, long K,
+                                                                                       const float* w, int B, const float* bias, float* y){
+  typedef typename Lanes<L>::vec lvec;
+  enum { U = P*NR<8 ? 8/(P*NR) : 1 };
+  lvec a[U][P][NR];
+  UNROLL for(int p=0; p<P; p++) UNROLL for(int j=0; j<NR; j++) UNROLL for(int u=0; u<U; u++) a[u][p][j] = u ? lvec{} : *(const lvec*)(bias+j*L);
+  auto column = [&](long k, int u){
+    lvec v[NR];
+    UNROLL for(int j=0; j<NR; j++){ v[j] = *(const lvec*)(w+k*B+j*L); if(sizeof(X)==2) v[j] = rounded(v[j]); }
+    UNROLL for(int p=0; p<P; p++) UNROLL for(int j=0; j<NR; j++) a[u][p][j] += x[p][off[k]]*v[j]; };
+  long k=0;
+  for(; k+U<=K; k+=U) UNROLL for(int u=0; u<U; u++) column(k+u, u);
+  for(; k<K; k++) column(k, 0);
+  UNROLL for(int p=0; p<P; p++) UNROLL for(int j=0; j<NR; j++){
+    UNROLL for(int u=1; u<U; u++) a[0][p][j] += a[u][p][j];
+    *(lvec*)(y+p*B+j*L) = a[0][p][j]; } }
+''')
+
+# %% ../../nbs/kernels/05_cpu.ipynb #ddd495e2
+cpp('row_group', 'row_tile', r'''
+template<class X, int L, int NR, class... A> INL void row_strips(int n, int B, const float* w, const float* bias, float* y, A... a){
+  for(int r=0; r<B; r+=NR*L){
+    if(n==1) row_tile<X,L,NR,1>(a..., w+r, B, bias+r, y+r);
+    else if(n<=RP/2) row_tile<X,L,NR,RP/2>(a..., w+r, B, bias+r, y+r);
+    else row_tile<X,L,NR,RP>(a..., w+r, B, bias+r, y+r); } }
+template<class X, class... A> static void row_group(int n, int B, A... a){
+  if(B<V) row_strips<X,8,1>(n, B, a...);
+  else if(B<2*V) row_strips<X,V,1>(n, B, a...);
+  else row_strips<X,V,2>(n, B, a...); }
+''')
+
+# %% ../../nbs/kernels/05_cpu.ipynb #a4f2edcf
+cpp('row_input', 'scratch affine chunks positive', r'''
+static float* row_scratch(const Geo& g){
+  const long n=(long)g.N*g.C*g.band_rows*g.Ws;
+  float* xs=scratch.get(7, n);
+  if(scratch.fresh(7, g, 0, 0)) memset(xs, 0, 4*n);
+  return xs; }
+template<class X> static void row_input(const Geo& g, const X* x, const Affine* f, float* xs, long i0, long i1){   // rows i0 to i1 of all images, or of all channels
+  const int C = g.cl ? g.C : 1, run=g.W*C;
+  for(long i=i0; i<i1; i++){
+    float* d=xs+((i/g.H*g.band_rows+i%g.H+g.ph)*g.Ws+g.pw)*C; const X* q=x+i*run;
+    if(!f) chunks(run, [&](int c, auto n){ storen(d+c, loadn(q+c, n), n); });
+    else for(int w=0; w<run; w+=C) chunks(C, [&](int c, auto n){
+      storen(d+w+c, positive(loadn(q+w+c, n)*loadn(f->scale+c, n)+loadn(f->shift+c, n)), n); }); } }
+''')
+
+# %% ../../nbs/kernels/05_cpu.ipynb #0163305e
+cpp('row_places', 'registers geometry vectors', r'''
+template<class X> INL void row_places(const Geo& g, const float* xs, X* y, long p0, const float** px, X** py){   // where RP pixels begin
+  const long HW=(long)g.Ho*g.Wo, C = g.cl ? g.C : 1;
+  for(int i=0; i<RP; i++){
+    const long p=std::min(p0+i, g.N*HW-1), n=p/HW, h=p%HW/g.Wo, w=p%g.Wo;
+    px[i]=xs+n*g.C*g.band_rows*g.Ws+(h*g.sh*g.Ws+w*g.sw)*C;
+    py[i]=y+n*g.O*HW+p%HW*(g.cl ? g.O : 1); } }
+template<class X> INL void row_output(const Geo& g, const int* rows, int n, int B, const float* t, int m, X* const* y){
+  const long HW = g.cl ? 1 : (long)g.Ho*g.Wo;
+  for(int r=0; r<n; r++) for(int p=0; p<m; p++) y[p][rows[r]*HW] = t[p*B+r]; }
+''')
+
+# %% ../../nbs/kernels/05_cpu.ipynb #e986a809
+cpp('row_unit', 'row_group row_places structure', r'''
+template<class X> static void row_unit(const Geo& g, const Str& s, const float* xs, const float* values, const float* bias, X* y, long p0, long p1){
+  const int B=s.B; std::vector<int> n(s.G); std::vector<float> b((long)s.G*B);
+  for(long i=0; i<(long)s.G*B; i++) if(s.rows[i]>=0){ n[i/B]++; b[i] = bias ? bias[s.rows[i]] : 0; }
+  float t[RP*64]; const float* px[RP]; X* py[RP];
+  for(long p=p0; p<p1; p+=RP){
+    const int m=std::min<long>(RP, p1-p);
+    row_places(g, xs, y, p, px, py);
+    for(int q=0; q<s.G; q++){
+      const long k=s.ptr[q];
+      row_group<X>(m, B, values+k*B, &b[(long)q*B], t, (const float* const*)px, s.off+k, s.ptr[q+1]-k);
+      row_output(g, s.rows+(long)q*B, n[q], B, t, m, py); } } }
+''')
+
+# %% ../../nbs/kernels/05_cpu.ipynb #7e5e00f9
+cpp('forward_rows', 'row_unit row_input team number', r'''
+extern "C" void dsb_forward_rows(const Geo* g, const Str* s, const number* x, const Affine* f, const float* values, const float* bias, number* y, int threads){
+  const long P=(long)g->N*g->Ho*g->Wo, tiles=(P+RP-1)/RP, lines=(long)g->N*g->H*(g->cl ? 1 : g->C);
+  const int T=team(*g, *s, threads, tiles);
+  const bool direct = sizeof(number)==4 && !f && !g->ph && !g->pw;
+  float* xs = direct ? (float*)x : row_scratch(*g);
+  #pragma omp parallel num_threads(T) if(T>1)
+  {
+    #pragma omp for schedule(static,1)
+    for(int t=0; t<T; t++) if(!direct) row_input(*g, x, f, xs, lines*t/T, lines*(t+1)/T);
+    #pragma omp for schedule(static,1)
+    for(int t=0; t<T; t++) row_unit(*g, *s, xs, values, bias, y, tiles*t/T*RP, std::min(P, tiles*(t+1)/T*RP)); } }
+''')
+
 # %% ../../nbs/kernels/05_cpu.ipynb #79fc2dbe
 cpp('collect', 'structure', r'''
 static void collect(const Str* s, const float* part, long K, long ldd, int T, float* dvalues){   // the sum of T weight gradients
@@ -375,10 +472,10 @@ def native(
     number:str='float', # what activations are, 'float' or 'bf16'
 )->tuple: # (library or None, reason why there is none or '')
     "The native library for one type of number, its functions declared"
-    source = numbered(number, cpp.source('forward', 'backward', 'same', 'lanes_of'))
+    source = numbered(number, cpp.source('forward', 'forward_rows', 'backward', 'same', 'lanes_of'))
     lib,reason = library('cpu' if number=='float' else f'cpu-{number}', source)
     if lib is not None:
-        lib.dsb_forward.argtypes = [ctypes.c_void_p]*7 + [ctypes.c_int]
+        for f in (lib.dsb_forward, lib.dsb_forward_rows): f.argtypes = [ctypes.c_void_p]*7 + [ctypes.c_int]
         lib.dsb_backward.argtypes = [ctypes.c_void_p]*9 + [ctypes.c_int]
         lib.dsb_same.argtypes = [ctypes.c_void_p]
     return lib,reason
@@ -408,7 +505,9 @@ def _floats(t): return None if t is None else in_memory(t).float()
 @functools.cache
 def _lanes(): return native()[0].dsb_lanes()
 
-def _tables(s, a, x, cl): return tables(s, a, *x.shape, cl, _lanes(), x.dtype==torch.bfloat16)
+def _tables(s, a, x, cl):
+    half = x.dtype==torch.bfloat16
+    return tables(s, a, *x.shape, cl, _lanes(), half, half and bool(native('bf16')[0].dsb_pairs()))
 
 def _affine_of(stats): # (4, C) mean, variance, scale, shift, or None
     return None if stats is None else ctypes.byref(Affine(*(stats[i].data_ptr() for i in (2,3,0))))
@@ -417,17 +516,19 @@ def _affine_of(stats): # (4, C) mean, variance, scale, shift, or None
 def _forward(x, values, bias, s, a, cl, y, stats=None):
     "Fill y with the product; x (N, C, H, W) is dense in the format of `cl`, and normalised by `stats` if there are any"
     if not y.numel(): return y
-    g,st,*_ = _tables(s, a, x, cl)
+    (g,st,_,rows,_),lib = _tables(s, a, x, cl),_library_for(x)
+    f = lib.dsb_forward
+    if rows: (g,st,_),f = rows,lib.dsb_forward_rows
     values,bias = _floats(values),_floats(bias)
-    _library_for(x).dsb_forward(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
-                            *map(pointer, (values, bias, y)), torch.get_num_threads())
+    f(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
+      *map(pointer, (values, bias, y)), torch.get_num_threads())
     return y
 
 # %% ../../nbs/kernels/05_cpu.ipynb #4774911e
 def _backward(dy, x, values, s, a, cl, dx, dv, stats=None, sums=None):
     "Fill dx and dv, either of which may be None, and with `stats` the two sums"
     if not x.numel() or not dy.numel(): return [o if o is None else o.zero_() for o in (dx,dv)]
-    g,st,full,_ = _tables(s, a, x, cl)
+    g,st,full,*_ = _tables(s, a, x, cl)
     if dx is not None and not full: dx.zero_()
     values = _floats(values)
     _library_for(x).dsb_backward(ctypes.byref(g), ctypes.byref(st), pointer(x), _affine_of(stats),
@@ -442,7 +543,9 @@ def supports(
 )->str: # '' or the reason why not
     "Can these kernels compute the layer?"
     if not x.is_cpu: return f'the cpu kernels take CPU tensors, not {x.device.type}'
-    if not number_of(x): return f'the cpu kernels compute in float32 and bfloat16, not {str(x.dtype)[6:]}'
+    if not number_of(x):
+        instead = '; use bfloat16, which is as small'*(x.dtype==torch.float16)
+        return f'the cpu kernels compute in float32 and bfloat16, not {str(x.dtype)[6:]}{instead}'
     return slow_size(s.block_size, 'cpu') or native()[1] or native(number_of(x))[1]
 
 # %% ../../nbs/kernels/05_cpu.ipynb #7a8ebfac
