@@ -221,7 +221,10 @@ def _training_options():
                default=None),
         option('--start-epoch', "take N epochs as done: the schedule starts there"),
         option('--seed', "the same seed on the same machine gives the same run"),
-        option('--amp', "compute in bfloat16 where torch's autocast does", action='store_true')]
+        option('--amp', "compute in a shorter type where torch's autocast does: bf16, which --amp alone means, or fp16 "
+               "with a scaled loss, for GPUs (a CPU has no fast kernels for it)", 'KIND', nargs='?', const='bf16'),
+        option('--compile', "compile the network with torch.compile, as one graph; takes a while at the start, "
+               "and the line of the epoch says how long", default=False, action='store_true')]
 
 # %% ../nbs/06_cli.ipynb #d08caff1
 def _run_options():
@@ -409,9 +412,8 @@ def _ready(given, recipe):
 # %% ../nbs/06_cli.ipynb #9f12a7be
 def _as_run(model, config, device='cpu'):
     "The summary of a run's model as its steps compute it"
-    import torch
     from dsb.sparsify import summary
-    with torch.autocast(device, torch.bfloat16, enabled=config.amp): return summary(model)
+    with config.autocast(device): return summary(model)
 
 def _slow(s):
     "A sentence about layers that only the reference can compute, or nothing; what it says need not be warned of again"

@@ -427,6 +427,8 @@ def compact_wanted(
     return less_wanted(key, len(x)) or mixed(x, values)
 
 # %% ../nbs/01_ops.ipynb #a452bc5b
+def _wide(t): return t.float() if t.dtype==torch.float16 else t   # float16 ends at 65504
+
 def reveal(
     key:int,         # of a collector, or 0
     dy:Tensor,       # (N, O, …) gradient of the output
@@ -442,9 +444,10 @@ def reveal(
         return dv
     n = images_wanted(f, len(dy))
     with torch._C._DisableAutocast():
-        dW = norm_bound(dy[:n], x(n), a) if getattr(f, 'norms', False) else dense_wgrad(dy[:n], x(n), s, a)
+        dW = norm_bound(dy[:n], x(n), a) if getattr(f, 'norms', False) \
+            else dense_wgrad(_wide(dy[:n]), _wide(x(n)), s, a)
     f(dW, *(() if dv is None else (dv,)))
-    return s.gather(dW) if dv is None else dv
+    return s.gather(dW).to(dy.dtype) if dv is None else dv
 
 # %% ../nbs/01_ops.ipynb #e1ff9e28
 @operator('dsb::linear')

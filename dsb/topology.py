@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from .structure.blocks import Structure
 from .structure.methods import GROWS, METHODS, SPARSE, check_setting
 from .structure.density import between, capacity
-from .structure.rules import DEFAULT_RULE, RULES, Change, Collector, Weights, entries, mean_square, pruned
+from .structure.rules import (DEFAULT_RULE, RULES, Change, Collector, Weights, by_column, dealt_out, entries,
+                                 mean_square, pruned, scores_of_share)
 from .core import markdown_table, one_of
 from .structure.schedule import drop_fraction, is_update, left_to_prune
 from .sparsify import named_modules, sparse_layers
@@ -802,6 +803,55 @@ def _reduced(self:Updater, t, op='SUM'):
     dist.all_reduce(t, getattr(dist.ReduceOp, op), group=self.group)
     return t
 
+# %% ../nbs/04_topology.ipynb #7d3fc70c
+def _cuts(s, n)->list: # n+1 numbers
+    "Where the share of each of `n` processes begins, and the end"
+    m = s.n_groups*s.shape[1]
+    return [min(i*-(-m//n), m) for i in range(n+1)]
+
+@patch
+def _share_of_mean(self:Updater, s, total)->Tensor: # (columns, B)
+    "This process's share of the columns, averaged over the processes"
+    n,me = dist.get_world_size(self.group),self.group.rank()
+    a,b = _cuts(s, n)[me:me+2]
+    each = by_column(total, s)
+    longest = -(-len(each)//n)
+    each = torch.cat([each, each.new_zeros(n*longest-len(each), s.block_size)])
+    return _share_of_sum(each, n, self.group)[:b-a]/n
+
+def _share_of_sum(t, n, group):
+    "This process's n-th part of the sum over the processes"
+    if not t.is_cpu:
+        got = torch.empty_like(t[:len(t)//n])
+        dist.reduce_scatter(got, list(t.chunk(n)), group=group)
+        return got
+    got = torch.empty_like(t)
+    dist.all_to_all_single(got, t, group=group)
+    return got.view(n, -1, t.shape[1]).sum(0)
+
+# %% ../nbs/04_topology.ipynb #1d2654ff
+@patch
+def _scored_together(self:Updater, s, total)->tuple: # as `Collector.take` wants them
+    "Norms of columns and active gradient of the average over the processes, and whether all is finite"
+    cut,me = _cuts(s, dist.get_world_size(self.group)),self.group.rank()
+    shares,mean = dealt_out(s, cut),self._share_of_mean(s, total)
+    norms,active = scores_of_share(mean, s, cut[me], shares[me])
+    finite = mean.isfinite().all().to(mean.dtype)
+    sizes = [(1, b-a, len(o)*s.block_size) for a,b,o in zip(cut, cut[1:], shares)]
+    got = self._from_all(torch.cat([finite[None], norms, active.view(-1)]), max(map(sum, sizes)))
+    finite,norms,active = map(torch.cat, zip(*(t[:sum(k)].split(k) for t,k in zip(got, sizes))))
+    active = active.view(s.values_shape)
+    active = torch.empty_like(active).index_copy_(0, torch.cat(shares), active)
+    return norms.view(s.n_groups, -1),active,bool(finite.all())
+
+@patch
+def _from_all(self:Updater, t, most)->list: # of tensors of length `most`
+    "What each process has"
+    t = torch.cat([t, t.new_zeros(most-len(t))])
+    got = [torch.empty_like(t) for _ in range(dist.get_world_size(self.group))]
+    dist.all_gather(got, t, group=self.group)
+    return got
+
 # %% ../nbs/04_topology.ipynb #a8e676d3
 @patch
 def _average(self:Updater, m, compact):
@@ -812,8 +862,9 @@ def _average(self:Updater, m, compact):
     total = torch.zeros(m.shape, dtype=kind, device=m.values.device) if c.total is None else whole(c.total)
     if compact: own = m.structure.gather(total) if c.total_compact is None else whole(c.total_compact)
     n = dist.get_world_size(self.group)
-    c.total = self._reduced(total)/n
-    c.total_compact = self._reduced(own)/n if compact else None
+    own = self._reduced(own)/n if compact else None
+    if c.columns and not c.k: return c.take(*self._scored_together(m.structure, total), own)
+    c.total,c.total_compact = self._reduced(total)/n,own
 
 # %% ../nbs/04_topology.ipynb #8acf2681
 @patch

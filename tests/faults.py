@@ -2,13 +2,15 @@
 
     python tests/faults.py            # all of them, as a table
     python tests/faults.py kill 20    # one run that is killed at 20 random moments
+    python tests/faults.py sweep 8    # a sweep of two runs at once, of which something is killed at 8 random moments
 
 `test_faults.py` asserts what the table says, and so does the explanation about bad days.
 """
 import json, math, os, random, resource, shutil, signal, sys, tempfile, time
 from pathlib import Path
+from dataclasses import asdict
 import matplotlib.pyplot, sklearn.datasets, torch, torchvision, tqdm.auto      # once, before processes are forked
-import dsb.training.plot, dsb.training.train, dsb.training.tune
+import dsb.training.plot, dsb.training.sweep, dsb.training.train, dsb.training.tune
 from dsb.cli import main
 from dsb.core import markdown_table
 from dsb.training.folder import load_checkpoint, sealed
@@ -103,6 +105,78 @@ def killed(d, n, seed=0):
         assert same_run(d/'whole', out), f'run {runs} differs'
         assert not hidden(out), hidden(out)
     return kills, runs
+
+# Sweeps
+
+SWEEP = dict(common=dict(model='lenet5', data_set='digits', sparsity=.8, n_train=128, n_val=32, n_test=32, batch_size=32, lr=.05, epochs=4, T=3, save_every=3, device='cpu'),
+             methods=dict(small=dict(method='small-dense'), blocks=dict(method='dsb', block_size=8, initial_ratio=2)), grid=dict(seed=[1, 2]))
+
+class Forked:
+    "The process of a run, forked instead of started: as much of a `Popen` as a sweep asks for"
+    def __init__(self, job, log):
+        read, self.write = os.pipe()                   # by which the run learns that the sweep is gone
+        self.returncode, self.pid = None, os.fork()
+        if self.pid: return os.close(read)
+        os.closerange(3, read); os.closerange(read+1, 256)     # as `Popen` does: the sweep's lock is its own
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.SIG_IGN)
+        status = 99
+        try:
+            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for o in 1, 2: os.dup2(fd, o)
+            dsb.training.sweep._stop_with(read)
+            status = dsb.training.sweep.work(job)
+        finally: os._exit(status)
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid: self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+    def terminate(self): os.kill(self.pid, signal.SIGTERM)
+
+def forked_worker(run, folder, threads):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'outcome.json').unlink(missing_ok=True)
+    return dsb.training.sweep.Worker(run, folder, Forked(dict(config=asdict(run.config), folder=str(folder), threads=threads), folder/'log.txt'), time.monotonic())
+
+def children(pid):
+    try: return [int(o) for o in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    except OSError: return []
+
+def came_to(file):
+    "label and seed -> what a run came to, without times; each run has one line that is no failure"
+    lines = [json.loads(l) for l in file.with_suffix('.jsonl').read_text().splitlines()]
+    good = [l for l in lines if 'error' not in l]
+    for l in good:
+        for k in 'seconds', 'step_ms': l['result'].pop(k)
+    found = {(l['run']['label'], l['run']['seed']): [l[k] for k in ('result', 'test_acc', 'val_acc', 'train_loss', 'updates')] for l in good}
+    assert len(found) == len(good) == 4, lines
+    return found
+
+def swept(d, n, seed=0):
+    "Kill a sweep, a run of it or all of them `n` times at random moments and type the same command again. (kills, sweeps)"
+    d, g, kills, sweeps, longest = Path(d), random.Random(seed), 0, 0, None
+    dsb.training.sweep.start_worker = forked_worker
+    while longest is None or kills < n:
+        file, status, undisturbed = d/f'{sweeps}.json', None, longest is None
+        file.write_text(json.dumps(SWEEP))
+        begun = time.perf_counter()
+        while status != 0:
+            pid = begin(['sweep', file, '--jobs', 2, '--threads', 1], d/'said.txt')
+            if not undisturbed and kills < n:
+                time.sleep(g.uniform(0, longest))
+                runs = children(pid)
+                for p in g.choice([[pid], runs[:1], runs[-1:], [*runs, pid]]):
+                    os.kill(p, signal.SIGKILL)
+                    kills += 1
+            status = end(pid)
+            assert status in (0, 1, -signal.SIGKILL), (d/'said.txt').read_text()
+        if undisturbed: longest, whole = time.perf_counter()-begun, came_to(file)
+        assert came_to(file) == whole, f'sweep {sweeps} differs'
+        left = sorted(str(p.relative_to(d)) for p in file.with_suffix('.runs').rglob('*'))
+        assert not left and not file.with_suffix('.runs').exists(), left
+        sweeps += 1
+    return kills, sweeps-1
 
 # The faults: each gets a folder, makes its own run, and returns (exit status, line, what the run had lost in the end)
 
@@ -281,5 +355,6 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
         if sys.argv[1:2] == ['kill']: print('%d kills, %d runs, all equal to the one that nothing disturbed' % killed(d, int(sys.argv[2])))
+        elif sys.argv[1:2] == ['sweep']: print('%d kills, %d sweeps, all equal to the one that nothing disturbed' % swept(d, int(sys.argv[2])))
         elif sys.argv[1:] == ['json']: print(json.dumps(tried(d)))
         else: print(table(tried(d, sys.argv[1:] or FAULTS), d))

@@ -1,11 +1,13 @@
-"The tutorials: every picture is described in words, every part of the sidebar is there, the first steps come first"
+"The book: pictures are described in words, sentences are short, the tutorials stop nowhere, the first steps come first"
 import json, os, re
 import pytest
-from dsb.dev.site import Project, read_cells
+from dsb.dev.site import Project, read_cells, symbols
 
 project = Project(os.path.dirname(__file__))
 tutorials = sorted((project.nbs/'tutorials').glob('*.ipynb'))
 each = pytest.mark.parametrize('nb', tutorials, ids=[o.name for o in tutorials])
+book = project.notebooks()
+each_of_all = pytest.mark.parametrize('nb', book, ids=[o.relative_to(project.nbs).as_posix() for o in book])
 
 def pictures(nb):
     "The cells of a notebook that show a picture, and the notebook's prose"
@@ -16,7 +18,7 @@ def undescribed(cells):
     "Sources of the cells whose picture is not described in words"
     return [c.source for c in cells if len(c.directives.get('fig-alt', '').split())<4]
 
-@each
+@each_of_all
 def test_pictures_are_described(nb):
     "`#| fig-alt: ...` on top of a cell is what the site puts in the place of a picture that is not seen"
     assert not undescribed(pictures(nb)), undescribed(pictures(nb))
@@ -27,6 +29,40 @@ def test_an_undescribed_picture_is_found(tmp_path):
                                                                          '#| fig-alt: a line that falls\nplot()')]
     (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=cells)))
     assert undescribed(pictures(tmp_path/'x.ipynb'))==['plot()']*2
+
+MOST = 40   # words of a sentence
+
+def paragraphs(text):
+    "Prose of Markdown, an item of a list on its own; code, tables, headings, formulas and comments are left out"
+    text = re.sub(r'^```.*?^```|<!--.*?-->', '', text, flags=re.M|re.S)
+    text = re.sub(r'\$\$.*?\$\$', ' Formula ', text, flags=re.S)
+    text = re.sub(r'^(?: {4}.*|\s*\|.*|#+ .*|>? ?)$', '', text, flags=re.M)
+    text = re.sub(r'^> |^\s*(?:[-*+]|\d+\.) ', '\n', text, flags=re.M)
+    return [' '.join(o.split()) for o in re.split(r'\n\s*\n', text) if o.strip()]
+
+def sentences(text):
+    "Sentences of a paragraph; code, a formula and the words of a link are words that may begin one"
+    text = re.sub(r'`[^`]*`|\$[^$]*\$', 'Word', text)
+    text = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', lambda m: m[1][:1].upper()+m[1][1:], text)
+    text = re.sub(r'\b(e\.g|i\.e|cf|vs|al)\.', r'\1', text)
+    return re.split(r'(?<=[.!?])[)"*_]*\s+(?=[^a-z\s])', text)
+
+def too_long(text):
+    "The sentences of Markdown that have more than `MOST` words"
+    return [o for p in paragraphs(text) for o in sentences(p) if sum(bool(re.search(r'\w', w)) for w in o.split())>MOST]
+
+@each_of_all
+def test_sentences_are_short(nb):
+    "In prose, and in the docstrings of exported code"
+    cells = read_cells(nb)
+    prose = [c.source for c in cells if not c.code] + [s.doc for c in cells if c.exported for s in symbols(c) if s.doc]
+    assert not [o for text in prose for o in too_long(text)]
+
+def test_a_long_sentence_is_found():
+    word = ' so'*39
+    fine = f'Now{word}. `a`{word}.\n\n| a{word*2} |\n\n- one{word}\n- two{word}\n\n```\n{word*2}\n```\n# Title{word*2}'
+    assert too_long(fine)==[] and len(too_long(f'{fine}\n\nNow{word}, and so.'))==1
+    assert len(too_long(f'> Now{word} and e.g. so'))==len(too_long(f'- Now{word} `a`'))==1
 
 @each
 def test_directives_stand_on_top(nb):

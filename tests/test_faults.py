@@ -1,5 +1,5 @@
 "Runs to which something happens, damaged checkpoints, odd arguments: one line, and nothing lost"
-import copy, io, json, math, os, random, shutil, signal, socket, subprocess, sys, time, zipfile
+import copy, gc, io, json, math, os, random, shutil, signal, socket, subprocess, sys, time, zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest, torch
@@ -32,6 +32,38 @@ def test_faults(root):
 def test_killed_at_random_moments(root):
     "kill -9 at 20 moments: weights, structures, momentum, metrics and results equal those of the run that nothing disturbed"
     assert told(root, 'tests/faults.py', 'kill', 20).startswith('20 kills, ')
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='looks for processes in /proc')
+def test_sweep_killed_at_random_moments(root):
+    "kill -9 of a sweep, of a run of it or of all together, and the same command again: each run has one line, with the results of the sweep that nothing disturbed"
+    kills, sweeps = told(root, 'tests/faults.py', 'sweep', 6).split(' kills, ')
+    assert int(kills) >= 6 and sweeps.endswith('all equal to the one that nothing disturbed\n')
+
+class Tiny:
+    "A hundred batches of two images of random numbers"
+    num_classes, image_size, channels, steps_per_epoch = 2, 8, 1, 100
+    x, y = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    def train_batches(self, epoch, start=0): return list(zip(self.x.split(2), self.y.split(2)))[start:]
+    def test_batches(self): yield self.x[:8], self.y[:8]
+
+def held():
+    "(tensors, descriptors, threads, bytes of memory) of this process"
+    gc.collect()
+    tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    return tensors, len(os.listdir('/proc/self/fd')), len(os.listdir('/proc/self/task')), int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='looks for memory in /proc')
+def test_nothing_piles_up(tmp_path, monkeypatch):
+    "2000 steps with 400 updates, of which the last 1500 leave nothing behind: no tensors (but for what is kept of the present structures), descriptors, threads or memory"
+    from dsb.training import train
+    monkeypatch.setattr(train, 'draw_run', lambda *_: [])
+    config = train.TrainConfig(model='lenet300-100', block_size=8, sparsity=.8, initial_ratio=1, T=5, T_end=10**6, epochs=20, batch_size=2, eval_every=5, lr=.01, device='cpu')
+    t, seen = train.Trainer(config, tmp_path/'run', Tiny(), verbose=False), []
+    t.log = lambda history: seen.append(held()) if len(history) in (5, 20) else None
+    t.fit()
+    assert (t.step, t.upd.updates) == (2000, 400) and sum(u['net_changed'] > 0 for h in t.history for u in h['updates']) > 200
+    (tensors, *others, memory), (more, *same, larger) = seen
+    assert others == same and more < tensors+50 and larger < memory+4*2**20, seen
 
 # Damaged checkpoints
 

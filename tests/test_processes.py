@@ -3,12 +3,15 @@
 What they have collected of a gradient is brought together after the step, and nobody waits for somebody who does not
 come.
 """
-import os, socket
+import os, signal, socket
+from pathlib import Path
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as Parallel
 import dsb
+from dsb.structure.rules import dealt_out
 from dsb.topology import Updater
+from traffic import model as traffic_model, traffic
 
 class Net(nn.Module):
     "Layers that a step can leave out"
@@ -89,6 +92,21 @@ def some_together(rank, groups=[]):
     m = model(seed=rank)
     return train(m, Parallel(m, process_group=pair) if rank<2 else m, rank)
 
+def sent_by_columns(rank): return traffic('dsb', rank, 2)
+def sent_by_entries(rank): return traffic('paper', rank, 2)
+
+def by_formula(n=2):
+    "What a process has to send: gradients of a step, and for an update whole gradients, shares of them, and scores (the largest)"
+    m = traffic_model('dsb')
+    layers = dsb.sparse_layers(m).values()
+    def cuts(s): return [s.n_groups*s.shape[1]*i//n for i in range(n+1)]
+    def scores(s): return 1+max(b-a+len(o)*16 for a,b,o in zip(cuts(s), cuts(s)[1:], dealt_out(s, cuts(s))))
+    whole = 4*sum(o.shape[0]*o.shape[1] for o in layers)
+    facts,checks = 8*(3+2*len(layers)),2*4*sum(len(o.checksum) for o in layers)
+    ring = 2*(n-1)/n
+    return dict(gradients=ring*4*sum(p.numel() for p in m.parameters()), beside=ring*(facts+checks), whole=ring*whole,
+                shares=(n-1)*whole, scores=(n-1)*4*sum(scores(o.structure) for o in layers))
+
 def job(rank, n, port, jobs, q):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
@@ -116,7 +134,7 @@ def run(n, jobs):
     return {k:[v[r] for r in range(n)] for k,v in res.items()}
 
 def test_two():
-    got = run(2, [*TOGETHER, own_models, only_first, differ, out_of_step])
+    got = run(2, [*TOGETHER, own_models, only_first, differ, out_of_step, sent_by_columns, sent_by_entries])
     for f in TOGETHER:
         a,b = got[f.__name__]
         assert isinstance(a, tuple), (f.__name__, a)
@@ -129,6 +147,13 @@ def test_two():
     assert all('at different steps, 1 and 3' in o for o in got['out_of_step']), got['out_of_step']
     alone = train(m:=model(), m, 0)
     assert got['plain'][0][1]!=alone[1]      # both processes counted
+    f,columns,whole = by_formula(),got['sent_by_columns'],got['sent_by_entries']
+    for o in (*columns, *whole):             # a step sends the gradients of active weights, and nothing else
+        assert o['step']['gradients']==o['step']['all_reduce']==o['update']['gradients']==f['gradients'] and len(o['step'])==3
+    assert [o['update']['all_reduce']-f['gradients'] for o in columns]==[f['beside']]*2
+    assert [o['update']['all_reduce']-f['gradients'] for o in whole]==[f['beside']+f['whole']]*2
+    assert sum(o['update']['all_to_all'] for o in columns)==f['shares']
+    assert [o['update']['all_gather'] for o in columns]==[f['scores']]*2 and f['shares']/2+f['scores']<.65*f['whole']
 
 class Noise:
     "Images of random numbers in double precision, of which each process gets its share of a batch"
@@ -158,16 +183,58 @@ def in_double(rank, world=1, parts=1):
 def halves(rank): return in_double(rank, 2)
 def quarters(rank): return in_double(rank, 2, 2)
 
-def test_two_are_one():
-    "Two processes with half of each batch, also in parts, make the run of one process: its weights but for rounding, its structures at every update"
-    w,mask,updates,losses = in_double(0)
-    assert len(updates)>=5 and sum(u['net_changed'] for u in updates)>0
-    got = run(2, [halves, quarters])
+def cut_in_two(out, **kw):
+    "What trains a run on `Noise`, from its beginning or from where it stopped, to its end or `until` a step is done"
+    from dsb.training.train import Interrupted, TrainConfig, Trainer, structure_checksum
+    class Cut(Trainer):
+        def _load_data(self): return Noise(self.rank, self.world)
+        def train_step(self, x, y):
+            super().train_step(x, y)
+            if self.step==self.until: self._stop(signal.SIGTERM)
+    def train(until=None):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        if dist.is_initialized(): dist.barrier()                         # the first process has saved
+        begun = (out/'last.pt').exists()
+        try:
+            c = TrainConfig(model='lenet300-100', method='dsb', rule='columns', initial_ratio=1, block_size=8, sparsity=.7, T=2, accumulate=2, epochs=2, lr=.05, batch_size=16, device='cpu', **kw)
+            t = Cut.resume(out, verbose=False) if begun else Cut(c, out, verbose=False)
+            if dist.is_initialized(): dist.barrier()                     # all have looked
+            t.until = until
+            try: t.fit()
+            except Interrupted: return
+        finally: torch.set_default_dtype(before)
+        return [p.tolist() for p in t.model.parameters()],structure_checksum(t.model),[u for h in t.history for u in h['updates']],[h['train_loss'] for h in t.history]
+    return train
+
+def runs(): return Path(os.environ['DSB_TEST_RUNS'])
+def two_first(rank): return cut_in_two(runs()/'two-one')(5)
+def two_then(rank): return cut_in_two(runs()/'one-two')()
+def two_whole(rank): return cut_in_two(runs()/'two')()
+def two_cut(rank): cut_in_two(runs()/'two-two')(5); return cut_in_two(runs()/'two-two')()
+
+def far(a, b):
+    "Greatest distance of two runs' weights and losses"
+    return max(max((torch.tensor(p)-torch.tensor(q)).abs().max().item() for p,q in zip(a[0], b[0])), max(abs(p-q) for p,q in zip(a[3], b[3])))
+
+def test_two_are_one(tmp_path, monkeypatch):
+    """Two processes with half of each batch, also in parts, make the run of one process: its weights but for rounding, its structures at every update.
+    So does a run that is stopped in the midst of an epoch and of a sum of gradients and goes on in one process instead of two, or in two instead of one"""
+    monkeypatch.setenv('DSB_TEST_RUNS', str(tmp_path))
+    one = in_double(0)
+    assert len(one[2])>=5 and sum(u['net_changed'] for u in one[2])>0
+    cut_in_two(tmp_path/'one-two')(5)
+    got = run(2, [halves, quarters, two_first, two_then, two_whole, two_cut])
     for other in (*got['halves'], *got['quarters'], in_double(0, parts=2)):
         assert not isinstance(other, str), other
-        assert other[1:3]==(mask,updates)
-        far = max((torch.tensor(a)-torch.tensor(b)).abs().max().item() for a,b in zip(w, other[0]))
-        assert far<1e-10 and max(abs(a-b) for a,b in zip(losses, other[3]))<1e-10, far
+        assert other[1:3]==one[1:3] and far(one, other)<1e-10
+    assert got['two_first']==[None,None], got['two_first']
+    whole = cut_in_two(tmp_path/'one')()
+    assert len(whole[2])>=5 and whole[1]!=one[1]                         # sums of two steps' gradients
+    for other in (*got['two_then'], *got['two_whole'], cut_in_two(tmp_path/'two-one')()):
+        assert not isinstance(other, str), other
+        assert other[1:3]==whole[1:3] and far(whole, other)<1e-10
+    assert got['two_cut']==got['two_whole']                              # bit for bit
 
 def test_three():
     a,b,c = run(3, [some_together])['some_together']

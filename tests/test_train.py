@@ -186,3 +186,27 @@ def test_folder_of_a_live_run(root, tmp_path):
     q.send_signal(signal.SIGTERM)
     status, err = end(q)
     assert status == 143 and f"--resume '{out}'" in err
+
+def test_compiled(monkeypatch, capsys):
+    "--compile: the same run bit for bit where torch compiles without changing the arithmetic; two graphs of the whole network, two more for all the sizes that it is pruned to"
+    from functools import partial
+    from dsb.training.train import Trainer, TrainConfig
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
+    config = dict(model='wrn-10-1', method='dsb', block_size=8, sparsity=.5, initial_ratio=1.5, T=3, prune_end=10, epochs=3, batch_size=16, n_train=64, n_test=16, lr=.05, device='cpu')
+    a, b = (Trainer(TrainConfig(**config, compile=o), verbose=o) for o in (True, False))
+    a._epochs(); b._epochs()
+    assert sum(u['pruned'] > 0 for h in a.history for u in h['updates']) == 3
+    assert a.upd.layers.keys() == b.upd.layers.keys() and all(map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values()))
+    assert a.result()['compiled_graphs'] == 4 and a.result()['compile_seconds'] > 0 and 'compiled_graphs' not in b.result()
+    said = [l.partition(', compiled ')[2] for l in capsys.readouterr().out.splitlines()]
+    assert sum(int(l.split()[0]) for l in said if l) == 4 and not said[-1]
+
+def test_compiled_with_a_break(monkeypatch):
+    "A network of which torch.compile makes no single graph ends the run with the reason"
+    from dsb.training.folder import Trouble
+    from dsb.training.train import Trainer, TrainConfig
+    torch._dynamo.reset()
+    t = Trainer(TrainConfig(model='lenet300-100', epochs=1, n_train=64, n_test=16, batch_size=32, device='cpu', compile=True), verbose=False)
+    t.model.register_forward_pre_hook(lambda m, args: print('broken'))
+    with pytest.raises(Trouble, match='torch.compile cannot compile this network here .*: leave --compile out'): t.fit()

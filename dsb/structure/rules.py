@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'saliency', 'cover', 'RULES', 'DEFAULT_RULE', 'plan_drops', 'confirm_drops', 'largest', 'Collector',
-           'grow_by_gradient', 'grow_at_random', 'Weights', 'Change', 'entries', 'paper', 'mean_square',
-           'root_mean_square', 'pruned', 'ColumnRule', 'loss_of', 'swap']
+           'by_column', 'grow_by_gradient', 'grow_at_random', 'Weights', 'Change', 'entries', 'paper', 'dealt_out',
+           'scores_of_share', 'mean_square', 'root_mean_square', 'pruned', 'ColumnRule', 'loss_of', 'swap']
 
 # %% ../../nbs/structure/06_rules.ipynb #89c166a8
 import torch, weakref
@@ -165,6 +165,15 @@ def commit(self:Collector)->int: # how often the layer was used in it
     uses,self.uses,self.task = self.uses,0,-1
     return uses
 
+# %% ../../nbs/structure/06_rules.ipynb #f876681f
+@patch
+def unscale(self:Collector,
+    scale:float, # what the loss of this step was multiplied by
+):
+    "Divide what came in this step by the scale of its loss"
+    for t in (self.dense, self.compact):
+        if t is not None: t.div_(scale)
+
 # %% ../../nbs/structure/06_rules.ipynb #1c0bca87
 @patch
 def finish(self:Collector)->bool: # None if no gradient came
@@ -174,6 +183,17 @@ def finish(self:Collector)->bool: # None if no gradient came
         self.total = self.total_compact = None
     if self.torn: return False
     return None if self.active is None else bool(self.finite)
+
+# %% ../../nbs/structure/06_rules.ipynb #66ac30e5
+def by_column(
+    dW:Tensor, # (O, K)
+    s:ShuffledBlocks,
+)->Tensor: # (G·K, B), 0 for absent rows
+    "The columns of each group, group after group"
+    rows = s.rows.view(-1,s.block_size).long()
+    t = dW[rows.clamp(min=0)]
+    if s.padded: t.masked_fill_(rows[:,:,None]<0, 0)
+    return t.transpose(1,2).reshape(-1,s.block_size)
 
 # %% ../../nbs/structure/06_rules.ipynb #38d48ac6
 def grow_by_gradient(
@@ -327,6 +347,38 @@ def _places(
 )->Tensor: # (n_blocks·B,) int64
     "Flat positions of the columns, group·K + column"
     return s.col_group*s.shape[1] + s.cols.long()
+
+# %% ../../nbs/structure/06_rules.ipynb #056866af
+def dealt_out(
+    s:ShuffledBlocks,
+    cut:list, # n+1 numbers, rising: share i has the columns from `cut[i]` to `cut[i+1]` of the G·K
+)->tuple: # n tensors, int64
+    "Numbers of the active columns in each share"
+    share = torch.bucketize(_places(s), torch.tensor(cut[1:-1], device=s.cols.device), right=True)
+    return share.argsort(stable=True).split(share.bincount(minlength=len(cut)-1).tolist())
+
+def scores_of_share(
+    t:Tensor,       # (n, B), some columns in a row of those of `by_column`
+    s:ShuffledBlocks,
+    first:int,      # number of the first of them
+    active:Tensor,  # from `dealt_out`
+)->tuple: # (n,) norms, (active columns, B) absolute values
+    "What a collector keeps of some columns"
+    return t.square().sum(1).sqrt_(),t[_places(s)[active]-first].abs()
+
+# %% ../../nbs/structure/06_rules.ipynb #704c9c08
+@patch
+def take(self:Collector,
+    norms:Tensor,   # (G, K), of each column over the rows of each group
+    active:Tensor,  # (n_blocks·B, B), absolute gradient of the active weights, or its bound
+    finite:bool,    # were all numbers finite?
+    compact:Tensor=None, # gradient of `values`; None: that in `active`
+):
+    "Take what the rule needs, computed elsewhere"
+    self.total,self.total_compact = None,None
+    self.norm,self.active = norms/_present(self.s).sqrt()[:,None],active
+    self.gradient = active if compact is None else compact.abs()
+    self.finite = finite and bool(self.gradient.isfinite().all())
 
 # %% ../../nbs/structure/06_rules.ipynb #5b39fa5c
 def _exchange(

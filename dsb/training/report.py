@@ -191,7 +191,7 @@ _STYLE = '''
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --soft: #a3b1bf; --ground: #15191e; --line: #333c46; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
        max-width: 68rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line);
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line);
      padding-top: .6rem; }
 p, figcaption { color: var(--soft); } img, canvas { background: #fff; max-width: 100%; border-radius: 3px; }
 .wide > img { min-width: 40rem; } canvas { image-rendering: pixelated; border: 1px solid var(--line); } figure { margin: .6rem 0; }

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'Deserted', 'join_group', 'leave_group', 'tell_failure', 'pick_device', 'structure_checksum',
-           'data_shape', 'width_of', 'build_model', 'Trainer', 'state_bytes', 'mean_density', 'draw_run', 'saved_shape',
-           'restored']
+           'data_shape', 'width_of', 'build_model', 'Trainer', 'compiled_so_far', 'state_bytes', 'mean_density',
+           'draw_run', 'saved_shape', 'restored']
 
 # %% ../../nbs/training/09_train.ipynb #ed8cae86
 import json, math, os, shutil, socket, sys, time, warnings, zlib
@@ -249,6 +249,14 @@ def judge(self:Trainer)->str:
     return 'val' if self.n_val else 'test'
 
 # %% ../../nbs/training/09_train.ipynb #4a7bf2d0
+def _is_of_compiler(e):
+    "Does it come from torch.compile?"
+    return any(k.__module__.partition('.')[2].split('.')[0] in ('_dynamo','_inductor') for k in type(e).__mro__)
+
+def _no_graph(e):
+    says = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
+    return f"torch.compile cannot compile this network here ({says}): leave --compile out"
+
 def _is_lost(e):
     "Is it what gloo or nccl say when a process that they wait for has gone?"
     words = 'closed by peer', 'reset by peer', 'connection refused', 'broken pipe', 'nccl', 'recvvector failed'
@@ -279,6 +287,7 @@ def _from_outside(self:Trainer):
         if is_out_of_memory(e): raise Trouble(self._out_of_memory()) from None
         if self.world > 1 and _is_lost(e):
             raise Trouble(f"another of the {self.world} processes has ended: {self._kept()}") from None
+        if self.config.compile and _is_of_compiler(e): raise Trouble(_no_graph(e)) from None
         if not str(e).startswith('DataLoader worker'): raise
         raise Trouble(f"a process that reads images has ended ({' '.join(str(e).split())}): {self._kept()}; continue "
                       "with --resume, and with fewer --workers if memory was short") from None
@@ -293,23 +302,52 @@ def _build(self:Trainer):
     self.model = build_model(c, self.shape).to(self.device, memory_format=self.format)
     if cpu: fuse(self.model)
     self.opt = make_optimizer(c, self.model)
-    self.net = self.model if self.world == 1 else self._parallel()
+    self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == 'fp16')
+    self.net = self._called()
     self.upd = None if c.method in DENSE else self._updater()
 
 # %% ../../nbs/training/09_train.ipynb #205e81f6
 @patch
-def _parallel(self:Trainer):
+def _parallel(self:Trainer, model):
     "The model as one of several that train together"
     ids = [self.device.index] if self.device.type == 'cuda' else None
     with warnings.catch_warnings():                    # of torch 2.14, about a new name of this option
         warnings.simplefilter('ignore', FutureWarning)
-        return nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 @patch
 def _updater(self:Trainer):
     c, g = self.config, torch.Generator().manual_seed(self.config.seed)
-    return Updater(self.net, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule, grow=c.grow,
-                   accumulate=c.accumulate, part=c.part, generator=g, prune_end=c.prune_end)
+    group = None if self.world == 1 else self.net.process_group
+    return Updater(self.model, self.opt, method=c.method, T=c.T, T_end=c.T_end, alpha=c.alpha, rule=c.rule,
+                   grow=c.grow, accumulate=c.accumulate, part=c.part, generator=g, group=group, prune_end=c.prune_end)
+
+# %% ../../nbs/training/09_train.ipynb #61fa4651
+class _Whole(nn.Module):
+    "A model whose call is compiled as a whole, whatever its own class is"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x): return self.model(x)
+
+@patch
+def _called(self:Trainer):
+    "The model as the steps call it"
+    net = torch.compile(_Whole(self.model), fullgraph=True) if self.config.compile else self.model
+    return net if self.world == 1 else self._parallel(net)
+
+# %% ../../nbs/training/09_train.ipynb #50e69acb
+def compiled_so_far()->tuple: # graphs, seconds
+    "What torch.compile has done in this process"
+    from torch._dynamo.utils import calculate_time_spent, counters
+    return counters['stats']['unique_graphs'], calculate_time_spent().get('total_wall_time', 0.)
+
+@patch
+def _compiled(self:Trainer)->dict:
+    "The same since the trainer was made, for the result"
+    if not self.config.compile: return {}
+    graphs, seconds = (now-before for now, before in zip(compiled_so_far(), self.compiled_before))
+    return dict(compiled_graphs=graphs, compile_seconds=round(seconds, 1))
 
 # %% ../../nbs/training/09_train.ipynb #8671bda5
 def state_bytes(
@@ -335,6 +373,8 @@ def _begin(self:Trainer):
     self.start = {n: pack_mask(l.mask()).cpu() for n, l in sparse_layers(self.model).items()}
     self.rng = self._first_random_state()
     self.signals, self.bar = None, None                # there only within `fit`
+    self.compiled_before = compiled_so_far() if c.compile else None
+    self.compiled_said = self._compiled()
     self.intact = True                                 # is the `last.pt` that is there a good one?
     self.clock = self.saved = time.perf_counter()      # of the last look at the losses, of the last checkpoint
     self._new_epoch()
@@ -387,9 +427,33 @@ def state(self:Trainer)->dict: # what `load_state` takes
     "Everything that moves, and what is needed to build the rest"
     rng, sums = self._all_random_states(), _over_ranks(self.sums.clone()).cpu()
     seconds = self.seconds + (time.perf_counter() - self.began if self.signals else 0)
+    scaler = dict(scaler=self.scaler.state_dict()) if self.scaler.is_enabled() else {}
     return dict(config=asdict(self.config), info=self._info(), model=self.model.state_dict(),
                 opt=self.opt.state_dict(), upd=self.upd.state_dict() if self.upd else None,
-                **{k: getattr(self, k) for k in _COUNTERS}, sums=sums, rng=rng, seconds=seconds)
+                **{k: getattr(self, k) for k in _COUNTERS}, sums=sums, rng=rng, seconds=seconds, **scaler,
+                **self._shares())
+
+# %% ../../nbs/training/09_train.ipynb #d6d2b025
+@patch
+def _shares(self:Trainer)->dict:
+    "What each of several processes has added up of its dense gradients, if they do"
+    if self.world == 1 or not self.upd or not self.config.accumulate: return {}
+    def on_cpu(t): return None if t is None else t.cpu()
+    shares = [None]*self.world
+    dist.all_gather_object(shares, {n: [*map(on_cpu, o)] for n, o in self.upd.state_dict()['sums'].items()})
+    return dict(shares=shares)
+
+def _mean_share(shares):
+    "The mean of what several processes have added up; None where one of them has nothing"
+    def mean(ts): return None if any(t is None for t in ts) else sum(ts)/len(ts)
+    return {n: [mean(ts) for ts in zip(*(s[n] for s in shares))] for n in shares[0]}
+
+@patch
+def _own_share(self:Trainer, ck):
+    "The updater's state for this process"
+    upd, shares = ck['upd'], ck.get('shares')
+    if not shares: return upd
+    return upd | dict(sums=shares[self.rank] if len(shares) == self.world else _mean_share(shares))
 
 # %% ../../nbs/training/09_train.ipynb #3ee00272
 def _check_alike(what, own, saved):
@@ -418,8 +482,8 @@ def load_state(self:Trainer,
     "Put the run where `state` found it"
     info = self._info()
     for k, v in ck['info'].items():
-        if info[k] != v: raise ValueError(f"the checkpoint's run had {k}={v}, this one has {info[k]}: "
-                                          "use the same data and number of processes")
+        if k == 'world' or info[k] == v: continue
+        raise ValueError(f"the checkpoint's run had {k}={v}, this one has {info[k]}: use the same data")
     _check_alike('weights', self.model.state_dict(), ck['model'])
     _check_alike('first masks', self.start, ck['start'])
     if any(m.shape != ck['start'][n].shape for n, m in self.start.items()):
@@ -427,10 +491,11 @@ def load_state(self:Trainer,
     self.model.load_state_dict(ck['model'])
     self._check_opt(ck['opt'])
     self.opt.load_state_dict(ck['opt'])
-    if self.upd: self.upd.load_state_dict(ck['upd'])
+    if self.upd: self.upd.load_state_dict(self._own_share(ck))
+    if 'scaler' in ck: self.scaler.load_state_dict(ck['scaler'])
     for k in (*_COUNTERS, 'seconds'): setattr(self, k, ck[k])
     self.sums = ck['sums'].to(self.device) if self.rank == 0 else torch.zeros_like(self.sums)
-    self.rng = ck['rng'][self.rank]
+    if self.rank < len(ck['rng']): self.rng = ck['rng'][self.rank]     # else its first one
 
 # %% ../../nbs/training/09_train.ipynb #b69416a5
 @patch
@@ -486,7 +551,7 @@ def forward(self:Trainer,
     "Loss and hits of a batch"
     x = x.to(self.device, memory_format=self.format, non_blocking=True)
     y = y.to(self.device, non_blocking=True)
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp): p = net(x)
+    with self.config.autocast(self.device.type): p = net(x)
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     return F.cross_entropy(p, y, label_smoothing=smoothing), (p.detach().argmax(1) == y).sum()
 
@@ -505,7 +570,7 @@ def _backward(self:Trainer, x, y): # mean loss, number of correct answers
         with nullcontext() if self.world == 1 or i == len(parts) else self.net.no_sync():
             loss, hits = self.forward(self.net, xs, ys, smoothing)
             loss = loss*(len(ys)/len(y))
-            loss.backward()
+            self.scaler.scale(loss).backward()
         total, right = total + loss.detach(), right + hits
     return total, right
 
@@ -515,7 +580,8 @@ _STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
 @patch
 def _is_spoilt(self:Trainer, loss)->bool:
     "Is the loss or a gradient not finite, in any process?"
-    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+    scaled = self.scaler.is_enabled()                  # then a gradient is the scaler's business
+    grads = [] if scaled else [p.grad for p in self.model.parameters() if p.grad is not None]
     fine = torch.stack([g.isfinite().all() for g in grads] + [loss.isfinite()]).all()
     return bool(_over_ranks((~fine).int(), 'MAX'))
 
@@ -530,6 +596,20 @@ def _gradient(self:Trainer, x, y): # loss, hits, and are they to be used?
     for b, before in statistics: b.copy_(before)
     return torch.zeros_like(loss), 0*hits, False
 
+# %% ../../nbs/training/09_train.ipynb #dead5987
+@patch
+def _advance(self:Trainer)->bool: # was the step taken?
+    "The step of the optimizer, unless float16 has not held a gradient"
+    scale = self.scaler.get_scale()
+    if self.scaler.is_enabled() and self.upd:
+        for layer in self.upd.layers.values():
+            if layer.collect is not None: layer.collect.unscale(scale)
+    self.scaler.step(self.opt)
+    self.scaler.update()
+    taken = self.scaler.get_scale() >= scale
+    if not taken: self.opt.zero_grad()                 # so that the updater sees that nothing is under way
+    return taken
+
 # %% ../../nbs/training/09_train.ipynb #4df1c684
 @patch
 def train_step(self:Trainer,
@@ -540,8 +620,7 @@ def train_step(self:Trainer,
     for g in self.opt.param_groups: g['lr'] = lr_at(self.step, self.steps_per_epoch, self.config)
     self.opt.zero_grad()
     loss, hits, used = self._gradient(x, y)
-    if used: self.opt.step()
-    else: self.skipped.append(self.step)
+    if not (used and self._advance()): self.skipped.append(self.step)
     report = self.upd and self.upd.step()
     if report: self.updates.append(report.as_dict())
     self.step, self.batch = self.step+1, self.batch+1
@@ -596,6 +675,15 @@ def _epoch_line(self:Trainer):
     if r['updates']: line += f", {sum(u['net_changed'] for u in r['updates'])} moved"
     return line
 
+# %% ../../nbs/training/09_train.ipynb #91394253
+@patch
+def _newly_compiled(self:Trainer):
+    "How many graphs were compiled since this was last said, and how long it took"
+    if not self.config.compile: return ''
+    said, self.compiled_said = self.compiled_said, self._compiled()
+    graphs, seconds = (now-before for now, before in zip(self.compiled_said.values(), said.values()))
+    return f", compiled {graphs} graph{'s'*(graphs > 1)} in {seconds:.0f} s"*(graphs > 0)
+
 # %% ../../nbs/training/09_train.ipynb #44fbc333
 @patch
 def _first_bad(self:Trainer, losses):
@@ -614,7 +702,8 @@ def _save_due(self:Trainer):
 def _check_skipped(self:Trainer):
     "Raise where the last twenty steps, or all of an epoch, were skipped"
     row = self.skipped[-20:]
-    if len(row) == 20 and row[0] == self.step-20 or self.batch == len(self.skipped) == self.steps_per_epoch:
+    epoch = self.batch == len(self.skipped) == self.steps_per_epoch and not self.sums[2]
+    if epoch or len(row) == 20 and row[0] == self.step-20:
         raise self._diverged(f"the last {len(row)} steps, up to step {self.step}, had no finite loss or gradient")
 
 @patch
@@ -737,7 +826,7 @@ def close_epoch(self:Trainer):
     self._film()
     if self.log and self.claim:
         with self.claim.writing(): self.log(self.history)
-    if self.verbose: self._tell(self._epoch_line())
+    if self.verbose: self._tell(self._epoch_line() + self._newly_compiled())
 
 # %% ../../nbs/training/09_train.ipynb #7c9adc6a
 @patch
@@ -757,7 +846,7 @@ def result(self:Trainer)->dict:
                 **self._over_time(), sparsity=c.sparsity, block_size=c.block_size,
                 distribution=c.distribution, model=c.model,
                 data_set=c.data_set, epochs=self.epoch, steps=self.step, seed=c.seed, active=s.active,
-                structure=structure_checksum(self.model), seconds=round(self.seconds, 1))
+                structure=structure_checksum(self.model), seconds=round(self.seconds, 1), **self._compiled())
 
 @patch
 def _over_time(self:Trainer):
@@ -793,7 +882,7 @@ def grade(self:Trainer)->dict: # as `grades` says
     self.model.eval()
     def answer(x):
         x = x.to(self.device, memory_format=self.format)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp): return self.model(x).float()
+        with self.config.autocast(self.device.type): return self.model(x).float()
     return grades(*map(_over_ranks, tally(answer, self.data.test_batches(), classes, self.device)))
 
 @patch
@@ -867,6 +956,16 @@ def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion 
         self._epochs()
         return self.finish()
 
+# %% ../../nbs/training/09_train.ipynb #fbe671a3
+@patch
+def _other_number(self:Trainer, before:int)->str:
+    "What to say where a run goes on in another number of processes"
+    norm = any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in self.model.modules())
+    why = ['sums are added in another order'] + ['BatchNorm sees another share of a batch']*norm
+    why += ['dropout draws other numbers']*(self.config.dropout > 0)
+    n = f"{self.world} process{'es'*(self.world > 1)}"
+    return f"{n} instead of {before}: the same images in the same steps, but not the same bits, since {', '.join(why)}"
+
 # %% ../../nbs/training/09_train.ipynb #41bd186a
 @patch(cls_method=True)
 def resume(cls:Trainer,
@@ -885,6 +984,7 @@ def resume(cls:Trainer,
     with holding(self.claim):
         with one_line(f"{path} does not fit this dsb or its data"): self._put(ck)
         if not same: self._move_in(path.parent)
+    if self.verbose and ck['info']['world'] != self.world: self._tell(self._other_number(ck['info']['world']))
     return self
 
 # %% ../../nbs/training/09_train.ipynb #4b86b715
