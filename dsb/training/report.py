@@ -62,7 +62,8 @@ def films(
 
 # %% ../../nbs/training/11_report.ipynb #d25fa0d0
 _PLAYER = '''const film = JSON.parse(document.getElementById('film').textContent);
-const slider = document.getElementById('moment'), button = document.getElementById('play'), last = film.words.length - 1;
+const slider = document.getElementById('moment'), button = document.getElementById('play');
+const last = film.words.length - 1;
 const bits = s => { const b = atob(s); return k => b.charCodeAt(k >> 3) >> (k & 7) & 1; };
 const paint = (canvas, layer, i) => {
   const [rows, cols] = layer.shape, c = canvas.getContext('2d'), a = c.createImageData(cols, rows);
@@ -99,8 +100,9 @@ def _rgb(color): return [int(color[i:i + 2], 16) for i in (1, 3, 5)]
 def _canvas(i, layer):
     "The place of one layer"
     name, (rows, cols) = escape(layer['name']), layer['shape']     # a weight is as large in all of them
-    return (f'<figure><figcaption>{name} <span id="share{i}"></span></figcaption><canvas id="mask{i}" width="{cols}" '
-            f'height="{rows}" style="width:{100*cols/288:.4g}%" role="img" aria-label="mask of {name}"></canvas></figure>')
+    size = f'width="{cols}" height="{rows}" style="width:{100*cols/288:.4g}%"'
+    return (f'<figure><figcaption>{name} <span id="share{i}"></span></figcaption>'
+            f'<canvas id="mask{i}" {size} role="img" aria-label="mask of {name}"></canvas></figure>')
 
 def film_html(
     shown:dict, # from `films`
@@ -191,10 +193,12 @@ _STYLE = '''
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --soft: #a3b1bf; --ground: #15191e; --line: #333c46; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
        max-width: 68rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line);
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line);
      padding-top: .6rem; }
 p, figcaption { color: var(--soft); } img, canvas { background: #fff; max-width: 100%; border-radius: 3px; }
-.wide > img { min-width: 40rem; } canvas { image-rendering: pixelated; border: 1px solid var(--line); } figure { margin: .6rem 0; }
+.wide > img { min-width: 40rem; }
+canvas { image-rendering: pixelated; border: 1px solid var(--line); } figure { margin: .6rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { text-align: left; padding: .15rem .7rem .15rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
@@ -219,8 +223,8 @@ def _sections(folder, ck):
     model, matrix = restored(ck), _summary(folder, ck).get('confusion')
     curves = 'loss, accuracy, learning rate and movement of the structure over the epochs'
     wrong = mistakes_html(matrix) if matrix else '<p>not counted: the run has not come to its end</p>'
-    picture = f'<div class="wide" tabindex="0">{_image(plot_curves(ck["history"]), curves)}</div>' if ck['history'] else ''
-    yield 'Curves', picture or '<p>no epoch yet</p>'
+    picture = _image(plot_curves(ck['history']), curves) if ck['history'] else '<p>no epoch yet</p>'
+    yield 'Curves', f'<div class="wide" tabindex="0">{picture}</div>'
     yield 'Masks over time', _masks(folder, model, ck)
     yield 'What is mistaken for what', wrong
     yield 'Layers', layers_html(model)
