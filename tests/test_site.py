@@ -379,6 +379,30 @@ def test_both_colour_schemes_can_be_read(site):
         b.js("document.querySelector('article p').style.color = '#444'")
         assert len(b.js(PALE)['pale'])==1, 'pale text is seen'
 
+@needs_chromium
+def test_page_of_a_run_plays(tmp_path):
+    "From its file alone, to the last epoch, without a word to the console"
+    from dsb.training.config import TrainConfig
+    from dsb.training.folder import load_checkpoint
+    from dsb.training.report import write_report
+    from dsb.training.train import Trainer
+    run, few = tmp_path/'run', dict(epochs=3, T=2, n_train=128, n_test=64, rule='columns')
+    Trainer(TrainConfig('lenet300-100', 'digits', **few), run, verbose=False).fit()
+    page = write_report(run, load_checkpoint(run)[1]).as_uri()
+    def by(name): return f"document.getElementById('{name}')"
+    for width,dark in (1280,False), (390,True):
+        with Browser() as b:
+            b.screen(width, dark)
+            b.go(page)
+            b.js(f"{by('moment')}.value = 0; {by('moment')}.dispatchEvent(new Event('input'))")
+            first = b.js(f"{by('mask0')}.toDataURL()")
+            assert b.js(f"{by('when')}.textContent")=='step 0, the start'
+            b.js(f"{by('play')}.click()")
+            b.wait(f"{by('when')}.textContent.endsWith(', epoch 3')", 60)
+            assert b.js(f"{by('mask0')}.toDataURL()")!=first, 'nothing moves'
+            assert b.js('document.documentElement.scrollWidth')<=width and not b.js(PALE)['pale']
+            assert not b.errors() and not from_elsewhere(b, page)
+
 @needs_zensical
 @needs_chromium
 @pytest.mark.parametrize('how', ['server','file'])

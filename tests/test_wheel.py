@@ -1,5 +1,5 @@
 "The wheel works outside the checkout, without what only developers have"
-import email, os, subprocess, sys, zipfile
+import configparser, email, os, re, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 import pytest
 
@@ -57,6 +57,34 @@ def test_metadata(wheel):
     assert meta['Requires-Python']=='>=3.10'
     needs = [o for o in meta.get_all('Requires-Dist') if 'extra' not in o]
     assert 'fastcore>=1.7' in needs and not any(o.startswith(('nbdev','pytest')) for o in needs), needs
+
+def test_links_lead_to_the_repository(root, wheel):
+    "On PyPI, where only the README is; each link of it leads to a file that is there"
+    z, ini = zipfile.ZipFile(wheel), configparser.ConfigParser(delimiters=['='])
+    ini.read(root/'settings.ini')
+    home, branch = (ini['DEFAULT'][o] for o in ('git_url','branch'))
+    words = z.read(next(o for o in z.namelist() if o.endswith('METADATA'))).decode()
+    links = re.findall(r'(!?)\[[^\]]*\]\(([^)\s]+)\)', words)
+    odd = [o for _,o in links if not o.startswith(('https:','#'))]
+    assert len(links)>20 and not odd, odd
+    for bang, to in links:
+        kind = f"{home}/{'raw' if bang else 'blob'}/{branch}/"
+        if to.startswith(home): assert to.startswith(kind) and (root/to[len(kind):].partition('#')[0]).exists(), to
+
+NO_SOURCE = '.git*', '.venv*', '*venv*', '__pycache__', '*.egg-info', 'runs', 'data', 'build', 'dist', '_*', '.*_cache', '.hypothesis'
+
+def test_source_holds_its_tests(root, tmp_path):
+    "Whoever has the source distribution can run its tests: notebooks, tests, commands and settings are in it"
+    src = tmp_path/'src'
+    shutil.copytree(root, src, ignore=lambda d, fs: shutil.ignore_patterns(*NO_SOURCE)(d, fs) - {'__init__.py','_modidx.py'})
+    if (root/'.github').exists(): shutil.copytree(root/'.github', src/'.github')
+    code = 'from setuptools import build_meta; print(build_meta.build_sdist(".."))'
+    r = subprocess.run([sys.executable,'-c',code], cwd=src, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: have = {o.name.partition('/')[2] for o in t if o.isfile()}
+    kept = [o for d in ('tests','nbs','dsb','.ci','.github') for o in (src/d).rglob('*')] + [*src.glob('*.*')]
+    want = {o.relative_to(src).as_posix() for o in kept if o.is_file()}
+    assert len(want)>100 and not want-have, sorted(want-have)[:9]
 
 def test_version(root, installed, wheel):
     r = installed('print(dsb.__version__)')

@@ -141,7 +141,8 @@ def release(self:Claim):
 def undo(self:Claim):
     "Release the folder; where it was made for this run and holds no checkpoint, remove it and what was made for it"
     if self.path in self.made and not os.path.exists(self.path/'last.pt'):
-        for name in 'config.json', 'metrics.jsonl': (self.path/name).unlink(missing_ok=True)
+        for name in 'config.json', 'metrics.jsonl', 'environment.json', 'film.jsonl':
+            (self.path/name).unlink(missing_ok=True)
     _remove_empty(self.made)
     self.release()
 

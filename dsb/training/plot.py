@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['INK', 'NEW', 'OLD', 'SOFT', 'ACTIVE', 'GROWN', 'DROPPED', 'GROUPS', 'figure', 'plain_axes', 'plot_mask',
-           'plot_groups', 'plot_masks', 'Film', 'part_mask', 'Moving', 'moving', 'plot_density', 'was_validated',
-           'was_pruned', 'plot_curves', 'plot_lr']
+           'plot_groups', 'plot_masks', 'Film', 'part_mask', 'Moving', 'moving', 'read_masks', 'log_masks',
+           'plot_density', 'was_validated', 'was_pruned', 'plot_curves', 'plot_lr']
 
 # %% ../../nbs/training/04_plot.ipynb #cc0a1178
+import json
 from base64 import b64decode, b64encode
 from io import BytesIO
+from pathlib import Path
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core import one_of, settle_matplotlib
+from ..core import one_of, settle_matplotlib, write_whole
 from ..sparsify import sparse_layers
 from ..topology import pack_mask, unpack_mask
 
@@ -226,7 +228,7 @@ class Film:
         size:tuple=(64, 288), # rows and columns to keep of each
     ):
         self.layers, self.size, self.frames = _layers_of(model), size, []
-        self.kept = {n: _first_rows(self.layers[n], size[0]) for n in _spread(self.layers, max_layers)}
+        self.kept = _kept_rows(self.layers, max_layers, size[0])
         self.last = {n: pack_mask(_as_mask(m)) for n, m in self.layers.items()}
         self.add(0)
 
@@ -235,13 +237,16 @@ def _first_rows(layer, n):
     order = _group_order(layer)
     return torch.arange(len(_as_mask(layer)))[:n] if order is None else order[:n]
 
+def _kept_rows(layers, most, n):
+    "name -> rows of the layers that are shown, spread over the network"
+    return {name: _first_rows(layers[name], n) for name in _spread(layers, most)}
+
 # %% ../../nbs/training/04_plot.ipynb #9ca86a1a
 def _bits(mask): return b64encode(pack_mask(mask).numpy().tobytes()).decode()
 
-def _seen(self, name):
+def _seen(m, rows, columns):
     "The kept part of a layer, and the row group of each row in it"
-    m, rows = self.layers[name], self.kept[name]
-    part, s = _as_mask(m)[rows][:, :self.size[1]], getattr(m, 'structure', m)
+    part, s = _as_mask(m)[rows][:, :columns], getattr(m, 'structure', m)
     groups = _group_of(s)[rows].tolist() if _group_order(s) is not None else [0]*len(rows)
     return dict(shape=list(part.shape), bits=_bits(part), groups=groups)
 
@@ -255,7 +260,7 @@ def add(self:Film,
     def count(f): return {n: int(f(now[n], was[n]).sum()) for n in now}
     self.frames.append(dict(step=step, density={n: round(float(m.float().mean()), 5) for n, m in now.items()},
                             grown=count(lambda a, b: a & ~b), dropped=count(lambda a, b: b & ~a),
-                            parts={n: _seen(self, n) for n in self.kept}))
+                            parts={n: _seen(self.layers[n], rows, self.size[1]) for n, rows in self.kept.items()}))
     self.last = {n: pack_mask(m) for n, m in now.items()}
     return self.frames[-1]
 
@@ -356,6 +361,32 @@ def plot_density(self:Film):
     ax.set_ylim(bottom=0)
     fig.legend(loc='outside right upper', fontsize=7, frameon=False, ncols=1 + len(names)//14)
     return fig
+
+# %% ../../nbs/training/04_plot.ipynb #9d0e9c1f
+def read_masks(
+    file, # from `log_masks`
+)->list: # moments, each with `step`, `density` and `parts`; none if there is no such file
+    "The film that a run has kept"
+    if not Path(file).exists(): return []
+    try: return [json.loads(o) for o in Path(file).read_text(encoding='utf-8').splitlines()]
+    except ValueError: raise ValueError(f'{file} is damaged: remove it, and the run has no film') from None
+
+def log_masks(
+    file,            # to add to
+    model:nn.Module, # with sparse layers
+    step:int,        # of training
+    most:int=40,     # moments to keep
+    size:tuple=(64, 288), # rows and columns to keep of each layer
+):
+    "Add the present moment to the film in a file"
+    layers, before = _layers_of(model), [f for f in read_masks(file) if f['step'] < step]
+    if len(before) >= most: before = before[::2]
+    rows = {n: torch.tensor(p['rows']) for f in before[:1] for n, p in f['parts'].items()}
+    rows = rows or _kept_rows(layers, 6, size[0])
+    parts = {n: _seen(layers[n], r, size[1]) | dict(rows=r.tolist()) for n, r in rows.items()}
+    density = {n: round(float(_as_mask(m).float().mean()), 5) for n, m in layers.items()}
+    now = dict(step=step, density=density, parts=parts)
+    write_whole(file, ''.join(json.dumps(f, separators=(',', ':')) + '\n' for f in [*before, now]))
 
 # %% ../../nbs/training/04_plot.ipynb #fac8827b
 def plot_density(

@@ -31,7 +31,8 @@ from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble,
                                  is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole,
                                  sealed)
 from .models import create_model, model_channels, small_width
-from .grades import grades, plot_confusion, tally
+from .grades import environment, grades, plot_confusion, tally
+from .plot import log_masks
 
 # %% ../../nbs/training/09_train.ipynb #c6385b6a
 class Deserted(Trouble):
@@ -822,6 +823,7 @@ def close_epoch(self:Trainer):
     self.best = best_of(self.history, self.judge)
     better = due and self.best['epoch'] == self.epoch
     self.save(better)
+    self._film()
     if self.log and self.claim:
         with self.claim.writing(): self.log(self.history)
     if self.verbose: self._tell(self._epoch_line() + self._newly_compiled())
@@ -926,6 +928,20 @@ def _epochs(self:Trainer):
         self.seconds += time.perf_counter() - self.began
         self.signals, self.bar = None, None
 
+# %% ../../nbs/training/09_train.ipynb #95eae161
+@patch
+def _film(self:Trainer):
+    "Add the masks of now to the film in the folder"
+    if not self.claim or not self.start: return
+    with self.claim.writing(): log_masks(self.out/'film.jsonl', self.model, self.step)
+
+@patch
+def _note(self:Trainer):
+    "Write where the run is made, if nothing says so yet, and begin the film"
+    if not (self.out/'environment.json').exists() or not self.step:
+        write_whole(self.out/'environment.json', json.dumps(environment(), indent=1) + '\n')
+    self._film()
+
 # %% ../../nbs/training/09_train.ipynb #9e2f6ab4
 @patch
 def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion matrix
@@ -936,6 +952,7 @@ def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion 
             with self.claim.writing():
                 write_whole(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
                 self._write_metrics()
+                self._note()
         self._epochs()
         return self.finish()
 
