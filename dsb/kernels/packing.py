@@ -410,7 +410,7 @@ def takes_rows(
     nnz:int,     # weights
     B:int,       # rows of a group
     lanes:int,   # floats in a vector
-    threads:int,
+    threads:int, # that share the work
 )->bool:
     "Does the forward pass take less time with rows as lanes?"
     P,C = g['N']*g['Ho']*g['Wo'],g['N']*g['C']

@@ -187,7 +187,7 @@ def finish(self:Collector)->bool: # None if no gradient came
 # %% ../../nbs/structure/06_rules.ipynb #66ac30e5
 def by_column(
     dW:Tensor, # (O, K)
-    s:ShuffledBlocks,
+    s:ShuffledBlocks, # the structure of the layer
 )->Tensor: # (G·K, B), 0 for absent rows
     "The columns of each group, group after group"
     rows = s.rows.view(-1,s.block_size).long()
@@ -350,7 +350,7 @@ def _places(
 
 # %% ../../nbs/structure/06_rules.ipynb #056866af
 def dealt_out(
-    s:ShuffledBlocks,
+    s:ShuffledBlocks, # the structure of the layer
     cut:list, # n+1 numbers, rising: share i has the columns from `cut[i]` to `cut[i+1]` of the G·K
 )->tuple: # n tensors, int64
     "Numbers of the active columns in each share"
@@ -359,7 +359,7 @@ def dealt_out(
 
 def scores_of_share(
     t:Tensor,       # (n, B), some columns in a row of those of `by_column`
-    s:ShuffledBlocks,
+    s:ShuffledBlocks, # the structure of the layer
     first:int,      # number of the first of them
     active:Tensor,  # from `dealt_out`
 )->tuple: # (n,) norms, (active columns, B) absolute values

@@ -505,7 +505,7 @@ def _plot_cost(ax, history):
     for rows, k, unit, color in (times, 'step_ms', 'ms', INK), (history, 'state_mb', 'MB', NEW):
         if not rows: continue
         first, last = rows[0][k], rows[-1][k]
-        label = f'{first:.3g} to {last:.3g} {unit}'
+        label = ' to '.join(f'{v:.0f}' if v >= 100 else f'{v:.3g}' for v in (first, last)) + f' {unit}'
         ax.plot([r['epoch'] for r in rows], [100*r[k]/first for r in rows], color=color, lw=1.4, label=label)
     ax.set_ylim(bottom=0); ax.legend(fontsize=8, frameon=False)
 

@@ -810,6 +810,20 @@ def _same_structure(self:Trainer):
     low, high = (int(_over_ranks(torch.tensor(own, device=self.device), op)) for op in ('MIN', 'MAX'))
     if low != high: raise RuntimeError(f"the masks of the {self.world} processes differ after epoch {self.epoch+1}")
 
+# %% ../../nbs/training/09_train.ipynb #95eae161
+@patch
+def _film(self:Trainer):
+    "Add the masks of now to the film in the folder"
+    if not self.claim or not self.start: return
+    with self.claim.writing(): log_masks(self.out/'film.jsonl', self.model, self.step)
+
+@patch
+def _note(self:Trainer):
+    "Write where the run is made, if nothing says so yet, and begin the film"
+    if not (self.out/'environment.json').exists() or not self.step:
+        write_whole(self.out/'environment.json', json.dumps(environment(), indent=1) + '\n')
+    self._film()
+
 # %% ../../nbs/training/09_train.ipynb #3885f7ac
 @patch
 def close_epoch(self:Trainer):
@@ -927,20 +941,6 @@ def _epochs(self:Trainer):
     finally:
         self.seconds += time.perf_counter() - self.began
         self.signals, self.bar = None, None
-
-# %% ../../nbs/training/09_train.ipynb #95eae161
-@patch
-def _film(self:Trainer):
-    "Add the masks of now to the film in the folder"
-    if not self.claim or not self.start: return
-    with self.claim.writing(): log_masks(self.out/'film.jsonl', self.model, self.step)
-
-@patch
-def _note(self:Trainer):
-    "Write where the run is made, if nothing says so yet, and begin the film"
-    if not (self.out/'environment.json').exists() or not self.step:
-        write_whole(self.out/'environment.json', json.dumps(environment(), indent=1) + '\n')
-    self._film()
 
 # %% ../../nbs/training/09_train.ipynb #9e2f6ab4
 @patch
