@@ -120,6 +120,8 @@ def disagreements(
     return wrong
 
 # %% ../../nbs/bench/06_inference.ipynb #86c88a12
+_REST = .1
+
 def _rival(k): return k[:-1]
 
 def _run(name, fns, repeats):
@@ -129,9 +131,9 @@ def _run(name, fns, repeats):
     if lost := missing(fns, out, _rival): raise RuntimeError(f'{name}: {lost[0]}')
     if wrong := disagreements({k:fns[k] for k in calls}): raise RuntimeError(f'{name}: {wrong[0]} gives other outputs')
     timed = {k:max(2, n) for k,n in calls.items()}
-    going,early = qualify({k:fns[k] for k in calls}, _rival, timed=timed)
+    going,early = qualify({k:fns[k] for k in calls}, _rival, timed, pause=_REST)
     turns = {k:fns[k] for k in going} | ({('peak',):run} if run else {})
-    samples = interleave(turns, repeats, timed=timed | {('peak',):10})
+    samples = interleave(turns, repeats, timed=timed | {('peak',):10}, pause=_REST)
     peak = flops/1e6/spread(samples.pop(('peak',)))['ms'] if run else None
     return samples,early,peak,out
 
@@ -204,15 +206,17 @@ def inference_table(
 def plot_inference(
     records:list, # of `measure_inference`
 ):
-    "How many times faster an answer is than the best dense one in any numbers"
-    bars = [(f"{r['model']}, batch {r['batch']}, {s['distribution']} {s['density']:g} {s['numbers']}", r, s)
-            for r in records for s in r['sparse']]
+    "How many times as fast an answer is as the best dense one in any numbers"
+    def bar(r, s):
+        how = f"{s['distribution']} {s['density']:g} {s['numbers']}" + ', compiled'*(s['way']=='compiled')
+        return f"{r['model']}, batch {r['batch']}, {how}", r, s
+    bars = [bar(r, s) for r in records for s in r['sparse']]
     inks = dict(zip(dict.fromkeys(r['model'] for _,r,_ in bars), (INK, NEW, SOFT, OLD)*len(bars)))
     fig = figure(9, .3*len(bars) + 1.2)
     ax = fig.subplots()
     ax.barh(range(len(bars)), [s['ratio_any'] for *_,s in bars], .7, color=[inks[r['model']] for _,r,_ in bars])
     ax.axvline(1, color=SOFT, lw=.8, label='the best dense one')
-    name_bars(ax, [n for n,*_ in bars], 'times faster than the best dense way in any numbers')
+    name_bars(ax, [n for n,*_ in bars], 'times as fast as the best dense way in any numbers')
     return fig
 
 # %% ../../nbs/bench/06_inference.ipynb #f5ab3c02

@@ -31,11 +31,13 @@ def interleave(
     skip:int=1,  # calls at the beginning of a turn that are not measured
     timed=1,     # measured calls after them, or a dict name -> number
     meter=time.perf_counter, # what is read before and after each measured call
+    pause:float=0., # seconds of rest before each turn
 )->dict: # name -> differences of the meter, in the order of the calls
     "Call functions in turns and measure the calls"
     seen = {k: [] for k in fns}
     for _ in range(repeats):
         for k, f in fns.items():
+            if pause: time.sleep(pause)
             for _ in range(skip): f()
             for _ in range(timed[k] if isinstance(timed, dict) else timed):
                 before = meter(); f(); seen[k].append(meter() - before)
@@ -123,10 +125,11 @@ def qualify(
     timed=1,      # measured calls in a turn, as in `interleave`
     rounds:int=2, # turns of each
     meter=time.perf_counter, # tells seconds
+    pause:float=0., # seconds of rest before each turn
 )->tuple: # (names that go on, in their order; name -> `spread` of those who had to qualify)
     "A short round that leaves the fastest of each group"
     groups = [names for names in in_groups(fns, group).values() if len(names) > 1]
-    seen = interleave({k: fns[k] for names in groups for k in names}, rounds, timed=timed, meter=meter)
+    seen = interleave({k: fns[k] for names in groups for k in names}, rounds, timed=timed, meter=meter, pause=pause)
     seen = {k: spread(v) for k, v in seen.items()}
     limit = {k: (1 + NEAR)*min(seen[j]['ms'] for j in names) for names in groups for k in names}
     return [k for k in fns if k not in seen or seen[k]['ms'] <= limit[k]], seen
