@@ -120,10 +120,14 @@ def film_html(
             + f'<script id="film" type="application/json">{text}</script><script>{_PLAYER}</script>')
 
 # %% ../../nbs/training/11_report.ipynb #999d9234
+def _noted(path):
+    "What a file of the run says; nothing if it is missing or damaged"
+    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError): return {}
+
 def _summary(folder, ck):
     "What a finished run found out, if it was this checkpoint's; else nothing"
-    try: found = json.loads((Path(folder)/'summary.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    found = _noted(Path(folder)/'summary.json')
     return found if found.get('steps') == ck['step'] else {}
 
 def mistakes_html(
@@ -182,8 +186,7 @@ def where_html(
     folder, # of a run
 )->str:
     "Machine and programs of the run; if it has not noted them, those of the page"
-    note = Path(folder)/'environment.json'
-    noted = json.loads(note.read_text(encoding='utf-8')) if note.exists() else {}
+    noted = _noted(Path(folder)/'environment.json')
     said = '' if noted else '<p>The run has not noted where it was trained; this is where the page was made.</p>'
     return said + table_html([('what', 'is'), *(noted or environment()).items()])
 
