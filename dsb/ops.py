@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure.blocks import ShuffledBlocks, Structure, Unstructured
-from .kernels.reference import ConvArgs, dense_wgrad, fits, is_channels_last, mixed
+from .kernels.reference import ConvArgs, carrying, dense_wgrad, fits, is_channels_last, mixed
 
 # %% ../nbs/01_ops.ipynb #7476bc7a
 _fast = {'cpu':'cpu', 'cuda':'triton'}                       # device type -> its fast backend
@@ -314,12 +314,17 @@ def register_autograd(
     "Say how to differentiate the operator"
     self.op.register_autograd(backward, setup_context=setup_context)
     def forward(ctx, *args):
-        output = self.f(*args)
+        ctx.kept = []
+        with carrying(ctx.kept): output = self.f(*args)
         setup_context(ctx, args, output)
         return output
+    def with_kept(ctx, *grads):
+        with carrying(ctx.kept): grads = backward(ctx, *grads)
+        ctx.kept.clear()
+        return grads
     self._differentiate(setup_context, backward)
     self.short = _autograd_function(self.f.__name__, forward=forward,
-                                    backward=backward if again else once_differentiable(backward))
+                                    backward=with_kept if again else once_differentiable(with_kept))
 
 # %% ../nbs/01_ops.ipynb #6759d89d
 def operator(

@@ -43,8 +43,9 @@ def fixed(way):
 
 @pytest.fixture(autouse=True)
 def no_tuning(monkeypatch):
-    "Nothing is timed here, and no choice is read from or left in anybody's cache"
+    "Nothing is timed here, and no choice is read from or left in anybody's cache: timing every new shape took far over ten minutes"
     monkeypatch.setenv('DSB_AUTOTUNE', '0')
+    monkeypatch.setattr(triton.testing, 'do_bench', lambda *args, **how: pytest.fail('a kernel is timed'))
 
 def products(N, C, O, H, W, B, a, dtype, cl, seed=0):
     "Results of the three products and what they should be"
@@ -190,6 +191,153 @@ def test_tables_follow_in_place():
     l.load_state_dict(state)
     assert all(torch.equal(p, q) for p,q in zip(before, copies))
     check()
+
+class Search:
+    "In place of Triton's launch, which looks for a kernel: counts; what it finds takes only what Triton would launch it with, and interprets it"
+    count = 0
+    def __init__(self, kernel): self.kernel = kernel
+    def __getitem__(self, grid):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import JITFunction, create_function_from_signature
+        f = JITFunction(self.kernel.fn)
+        bind = create_function_from_signature(f.signature, f.params, make_backend(GPUTarget('cuda', 90, 32)))
+        def run(grid, args):
+            known = sum(p.is_constexpr for p in f.params)
+            self.kernel.interpreted[grid[:1]](*args[:-known], **dict(zip(f.arg_names[-known:], args[-known:])))
+        def search(*args, num_warps, num_stages, **const):
+            Search.count += 1
+            kind,first = bind(*args, **const)[1],(*args,*(const[o] for o in f.arg_names[len(args):]))
+            class Found:
+                def __getitem__(self, grid):
+                    def launch(*args):
+                        assert len(grid)==3 and bind(*args)[1]==kind, 'a kernel that was compiled for other arguments'
+                        run(grid, args)
+                    return launch
+            run(grid, first)
+            return Found()
+        return search
+
+@pytest.fixture
+def searched(monkeypatch):
+    "Launches as on a GPU, with a stand-in for Triton"
+    def as_on_a_gpu(self, grid, *args, num_warps=4, num_stages=3, **const): self.launch(0, grid, args, const, num_warps, num_stages)
+    monkeypatch.setattr(kernels.Kernel, '__call__', as_on_a_gpu)
+    monkeypatch.setattr(kernels.Kernel, 'compiled', property(Search))
+    for o in vars(kernels).values():
+        if isinstance(o, kernels.Kernel): monkeypatch.setattr(o, 'ready', {})
+    monkeypatch.setattr(Search, 'count', 0)
+
+@needs_none
+def test_second_step_searches_no_kernel(searched, monkeypatch):
+    "Every kernel of a step is launched without Triton's search from the second time on"
+    monkeypatch.setattr(kernels, 'choose', fixed(0))
+    layer,counts = (16,8,16,5,5,16,ConvArgs((3,3),(1,1),(1,1))),[]
+    for seed in range(3):
+        got,want,_ = products(*layer, torch.float32, False, seed)
+        assert max(error(*o) for o in zip(got, want))<1e-6
+        counts.append(Search.count)
+    assert counts[0]>=6 and counts[2]==counts[0], counts
+
+@needs_none
+def test_another_kind_gets_its_own_kernel(searched, monkeypatch):
+    "Batches of all kinds of sizes one after the other, and tensors that are not aligned: never a kernel compiled for something else"
+    monkeypatch.setattr(kernels, 'choose', fixed(0))
+    a,counts = ConvArgs((1,1)),[]
+    for N in (1,16,17,2,32,1,16,17):
+        got,want,_ = products(N, 16, 16, 1, 1, 16, a, torch.float32, False)
+        assert max(error(*o) for o in zip(got, want))<1e-6, N
+        counts.append(Search.count)
+    assert counts[0]<counts[1]<counts[2] and counts[-1]==counts[4], counts
+    s,v,x = dsb.extract_blocks(torch.eye(16), 1, 16),torch.eye(16),torch.arange(16*17.)
+    for at in (0,1,4,7):
+        assert torch.equal(kernels.linear(x[at:at+256].view(16,16), s.gather(torch.eye(16)), None, s), x[at:at+256].view(16,16))
+    assert Search.count>counts[-1]
+
+def rounding(product, x, s, f, fmt, run):
+    "Instead of `choose`: the first tile, in TF32"
+    return dict(kernels.TILES[product][0], precision='tf32')
+
+def coarse(t): return kernels.batch_last(t.reshape(len(t),-1), tf32=True).T.reshape(t.shape)
+
+@pytest.fixture
+def tf32_layer(monkeypatch):
+    "A layer that multiplies in TF32, an input, and a list of the roundings of its values"
+    torch.manual_seed(0)
+    l = dsb.SparseConv2d.from_dense(nn.Conv2d(8,16,3, padding=1, bias=False), structure(16, 72, 16, 1, .5, torch.Generator().manual_seed(0))).to(DEVICE)
+    seen,batch_last = [],kernels.batch_last
+    def counting(t, pad=(0,0), tf32=False):
+        if tf32 and t.shape==l.values.T.shape: seen.append(t)
+        return batch_last(t, pad, tf32)
+    monkeypatch.setattr(kernels, 'choose', rounding)
+    monkeypatch.setattr(kernels, 'batch_last', counting)
+    with dsb.backend('triton'): yield l,torch.randn(4,8,5,5, device=DEVICE, requires_grad=True),seen
+
+def exactly_rounded(l, x, seen, n, forward=None, change=None):
+    "A step in which the values are rounded `n` times; all three products are those of rounded factors, the values those of the forward pass"
+    seen.clear()
+    w,dy = coarse(l.structure.scatter(l.values.detach()).clone()).view(16,8,3,3).double(),torch.randn(4,16,5,5, device=DEVICE)
+    y = (l if forward is None else forward)(x)
+    if change: change()
+    dx,dv = torch.autograd.grad(y, (x,l.values), dy)
+    assert len(seen)==n
+    xc,dyc = coarse(x.detach()).double(),coarse(dy).double()
+    want = F.conv2d(xc, w, None, 1, 1),*torch.ops.aten.convolution_backward(dyc, xc, w, None, (1,1), (1,1), (1,1), False, [0,0], 1, [True,True,False])[:2]
+    for got,t in zip((y,dx,dv), (*want[:2], l.structure.gather(want[2].flatten(1)))): assert error(got.detach(), t)<1e-6
+
+@needs_none                                        # the interpreter multiplies exactly: what is not rounded shows
+def test_values_are_rounded_once_a_step(tf32_layer):
+    "And never come from an earlier step, however they were changed since, counted by torch or not"
+    from dsb.structure.extract import extract_blocks
+    l,x,seen = tf32_layer
+    opt,state = torch.optim.SGD(l.parameters(), lr=.1),{k:v.clone() for k,v in l.state_dict().items()}
+    def optimizer():
+        l.values.grad = torch.randn_like(l.values)
+        opt.step()
+    def other(): l.set_structure(extract_blocks(torch.rand(16,72), 2, 16), torch.randn(32,16, device=DEVICE))   # of fewer blocks
+    def in_numpy(): l.values.detach().cpu().numpy()[:] *= 2
+    def elsewhere(): l.values.data = torch.randn_like(l.values)
+    def loaded(): l.set_structure(dsb.structure.blocks.ShuffledBlocks(state['rows'], state['group_ptr'], state['cols'], 16, (16,72)), state['values']); l.load_state_dict(state)
+    for change in (lambda: None, optimizer, lambda: l.values.data.mul_(1.5), in_numpy, elsewhere, other, loaded):
+        change()
+        exactly_rounded(l, x, seen, 1)
+
+@needs_none
+def test_rounded_values_are_those_of_the_forward_pass(tf32_layer):
+    "Called twice, again from a kept graph, recomputed, compiled, differentiated twice; changed before the backward pass"
+    from torch.utils.checkpoint import checkpoint
+    l,x,seen = tf32_layer
+    exactly_rounded(l, x, seen, 1, change=lambda: l.values.data.mul_(3))              # as torch does not see it
+    exactly_rounded(l, x, seen, 2, change=lambda: l(x))
+    exactly_rounded(l, x, seen, 3, lambda x: checkpoint(l, x, use_reentrant=False))   # twice forward; its backward pass gets other tensors
+    exactly_rounded(l, x, seen, 2, torch.compile(l, fullgraph=True, backend='aot_eager'))   # each pass on its own
+    y = l(x)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
+    y = l(x)
+    with torch.no_grad(): l.values.mul_(2)                                            # as torch does see it
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.sum().backward()
+    seen.clear()
+    with torch.no_grad(): l(x)
+    assert len(seen)==1
+    v = l.values.detach().clone().requires_grad_()
+    def slope(f): return torch.autograd.grad(torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0].square().sum(), v)[0]
+    w = l.structure
+    got,want = slope(lambda x: torch.func.functional_call(l, {'values':v}, x)),slope(lambda x: F.conv2d(x, w.scatter(v).view(16,8,3,3), None, 1, 1))
+    assert error(got, want.double())<2e-3
+
+def test_rounded_values_are_not_kept(tf32_layer):
+    "After the backward pass their memory is free, even while the loss is still there"
+    import gc, weakref
+    l,x,seen = tf32_layer
+    with pytest.MonkeyPatch.context() as m:
+        made,pack = [],kernels.carry
+        m.setattr(kernels, 'carry', lambda of, t: made.append(weakref.ref(t)) or pack(of, t))
+        loss = l(x).sum()
+        assert made[0]() is not None
+        loss.backward()
+    gc.collect()
+    assert len(made)==1 and made[0]() is None and loss.grad_fn is not None
 
 def test_odd_strides_compile():
     "What a compiled layer is promised about the layout of its results is what it gets"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ..structure.blocks import ShuffledBlocks
 from ..structure.methods import slow_size
 from ..core import cache_dir, say, write_whole
-from .reference import ConvArgs, dense_wgrad, fits, is_channels_last, solid
+from .reference import ConvArgs, carried, carry, dense_wgrad, fits, is_channels_last, solid
 
 # %% ../../nbs/kernels/07_triton.ipynb #6a52b584
 try: import triton, triton.language as tl
@@ -32,7 +32,7 @@ class Kernel:
     "A function in Triton's language: compiled for CUDA tensors, interpreted for CPU tensors"
     def __init__(self,
         fn, # its first parameter is a tensor; those annotated `tl.constexpr` are given by name
-    ): self.fn,self.__doc__ = fn,fn.__doc__
+    ): self.fn,self.ready,self.__doc__ = fn,{},fn.__doc__
 
     @functools.cached_property
     def compiled(self):
@@ -41,10 +41,36 @@ class Kernel:
         return JITFunction(self.fn)
 
     @functools.cached_property
+    def names(self):
+        "Its parameters"
+        return list(inspect.signature(self.fn).parameters)
+
+    @functools.cached_property
     def interpreted(self):
         "The function for CPU tensors"
         from triton.runtime.interpreter import InterpretedFunction
         return InterpretedFunction(self.fn)
+
+# %% ../../nbs/kernels/07_triton.ipynb #9edf261c
+def _kind(o):
+    "What Triton distinguishes when it compiles a kernel, of a tensor or an integer"
+    if isinstance(o, Tensor): return o.dtype,o.data_ptr()%16==0
+    if type(o) is not int: return type(o),o
+    return o==1 or (o%16==0, -(1<<31)<=o<1<<31)
+
+@patch
+def launch(self:Kernel,
+    device:int, # index of the current device, where the tensors are
+    grid:tuple, # (number of programs,)
+    args:tuple, # tensors and integers, in the order of the parameters
+    const:dict, # parameters known when it is compiled, the last ones
+    num_warps:int=4, num_stages:int=3, # warps of a program, loads in flight
+):
+    "Run all programs on a GPU; Triton looks for the kernel only at the first launch of a kind"
+    known = tuple([const[o] for o in self.names[len(args):]])
+    key = device,num_warps,num_stages,known,*map(_kind, args)
+    if ready := self.ready.get(key): ready[(*grid,1,1)](*args, *known)
+    else: self.ready[key] = self.compiled[grid](*args, **const, num_warps=num_warps, num_stages=num_stages)
 
 # %% ../../nbs/kernels/07_triton.ipynb #23cc171c
 _RESULTS = 'dst','y','p','dx','out'   # parameters that a kernel writes to
@@ -58,11 +84,11 @@ def __call__(self:Kernel,
 ):
     "Run all programs"
     if args[0].is_cuda:
-        launch = dict(num_warps=num_warps, num_stages=num_stages)
-        with torch.cuda.device(args[0].device): return self.compiled[grid](*args, **const, **launch)
+        with torch.cuda.device(device := args[0].get_device()):
+            return self.launch(device, grid, args, const, num_warps, num_stages)
     wide = [o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o for o in args]
     self.interpreted[grid](*wide, **const)
-    for name,o,w in zip(inspect.signature(self.fn).parameters, args, wide):
+    for name,o,w in zip(self.names, args, wide):
         if o is not w and name in _RESULTS: o.copy_(w)
 
 # %% ../../nbs/kernels/07_triton.ipynb #7d2cbfec
@@ -285,9 +311,11 @@ def _forward(x, v, bias, y, rows, ptr, off, pos, N, Q, G,
 # %% ../../nbs/kernels/07_triton.ipynb #f7da5d2a
 def _const(f, B): return dict(B=B, M=max(16,B), VEC=f.vec, FLAT=f.flat)
 
-def _factor(values, precision):
-    "Values, rounded if they will be multiplied as TF32"
-    return batch_last(values.T, tf32=True) if precision=='tf32' else values
+def _factor(values, precision, backward=False):
+    "Values, rounded if they will be multiplied as TF32: once for both passes of a call"
+    if precision!='tf32': return values
+    if backward and (rounded := carried(values)) is not None: return rounded
+    return carry(values, batch_last(values.T, tf32=True))
 
 # %% ../../nbs/kernels/07_triton.ipynb #a08747ce
 def forward(
@@ -409,7 +437,7 @@ def input_gradient(
     "The input gradient, images innermost"
     (place,taps,seg),pixels,HW = by_channel(s, f),f.Ho*f.Wo,f.H*f.W
     n = _slab(f.N, f.vec, len(s.cols)*pixels*dy.element_size(), slab<<20)
-    dx,p,v = dy.new_empty(f.C, f.H, f.W, f.N),dy.new_empty(len(s.cols), pixels*n),_factor(values, precision)
+    dx,p,v = dy.new_empty(f.C, f.H, f.W, f.N),dy.new_empty(len(s.cols), pixels*n),_factor(values, precision, True)
     for first in range(0, f.N, n):
         n = min(n, f.N-first)
         L,each = pixels*n,f.vec*max(1, 1024//f.vec)
