@@ -11,7 +11,7 @@ DEVICE = 'cuda' if GPU else 'cpu'
 LIMIT = {torch.float32:1e-4, torch.float16:2e-3, torch.bfloat16:16e-3}
 
 def innermost(t): return empty_batch_last(t, t.shape).copy_(t)
-def error(got, want): return ((got.double()-want).norm()/want.norm().clamp(min=1e-3)).item()
+def error(got, want): return ((got.double()-want).norm()/want.double().norm().clamp(min=1e-3)).item()
 
 @pytest.fixture(autouse=True)
 def triton_kernels(monkeypatch):
