@@ -12,17 +12,25 @@ from torch import Tensor, fx
 from torch.nn.modules.module import _has_any_global_hook
 from .kernels import cpu, norm as kernels
 from .layers import SparseConv2d
-from .kernels.reference import fits, mixed
+from .kernels.reference import fits, is_batch_last, mixed
 from .kernels.vectors import number_of
-from .ops import allowed, compact_wanted, conv_args, outline, operator, recall, reveal, structure_of
+from .ops import allowed, backend_module, chosen, compact_wanted, conv_args
+from .ops import outline, operator, recall, reveal, structure_of
 from .structure.methods import FAST_BLOCKS
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
+def _kernels_for(x):
+    "The kernels for the memory format of an image; Triton is imported when it is needed"
+    if not is_batch_last(x): return kernels
+    from dsb.kernels import rows
+    return rows
+
 @operator('dsb::norm')
 def _norm(x:Tensor, weight:Tensor|None, bias:Tensor|None, residual:Tensor|None, mean:Tensor|None, var:Tensor|None,
           eps:float, relu:bool)->tuple[Tensor,Tensor]:
-    stats = kernels.statistics(x, weight, bias, mean, var, eps)
-    return kernels.norm(x, stats, residual, relu),stats
+    by = _kernels_for(x)
+    stats = by.statistics(x, weight, bias, mean, var, eps)
+    return by.norm(x, stats, residual, relu),stats
 
 # %% ../nbs/05_fuse.ipynb #b23853ff
 def _each(x, n): return x.new_empty((n,x.shape[1]), dtype=torch.float32)   # n numbers for each channel
@@ -34,9 +42,9 @@ def _(x, weight, bias, residual, mean, var, eps, relu): return torch.empty_like(
 @operator('dsb::norm_backward')
 def _norm_backward(dy:Tensor, x:Tensor, y:Tensor|None, stats:Tensor, eps:float, relu:bool, batch:bool,
                    need_x:bool, need_r:bool)->tuple[Tensor,Tensor,Tensor]:
-    dx,dr = (torch.empty_like(x) if o else None for o in (need_x,need_r))
-    sums = kernels.norm_sums(dy, x, y, stats, relu)
-    grads = kernels.norm_finish(dy, x, y, stats, sums, eps, relu, batch, dx, dr)
+    by,(dx,dr) = _kernels_for(x),(torch.empty_like(x) if o else None for o in (need_x,need_r))
+    sums = by.norm_sums(dy, x, y, stats, relu)
+    grads = by.norm_finish(dy, x, y, stats, sums, eps, relu, batch, dx, dr)
     return *(x.new_empty(0) if o is None else o for o in (dx,dr)),grads
 
 # %% ../nbs/05_fuse.ipynb #2c8513af
@@ -74,26 +82,37 @@ def _is_just(m, kind)->bool:
         or m._backward_pre_hooks or 'forward' in m.__dict__ or m._compiled_call_impl or _has_any_global_hook())
 
 # %% ../nbs/05_fuse.ipynb #8222ac53
-def _kernels_there(number)->bool:
-    "Are the native kernels for this type of number there? Asking builds them"
+def _kernels_there(who, number)->bool:
+    "Are the kernels for this type of number there? Asking builds the native ones"
+    if who=='triton': return backend_module('triton').triton is not None
     return not (kernels.native(number)[1] or cpu.native(number)[1])
 # what torch.compiler.assume_constant_result does, without importing the compiler
 _kernels_there._dynamo_marked_constant = True
 
 # %% ../nbs/05_fuse.ipynb #e460625c
-def _fits_channels(t, C, dtype): return t is None or t.shape==(C,) and t.dtype==dtype and t.is_cpu
+_floats = torch.float32, torch.float16, torch.bfloat16
+
+def _who(x)->str:
+    "Whose kernels normalise such an image, if they are there: 'cpu', 'triton' or nobody's"
+    if x.dim()!=4 or x.numel()<=x.shape[1]: return ''
+    if is_batch_last(x):
+        here = (x.is_cuda or x.is_cpu and chosen()=='triton') and x.dtype in _floats
+        return 'triton' if here and allowed('triton') else ''
+    here = x.is_cpu and number_of(x) and x.is_contiguous(memory_format=torch.channels_last)
+    return 'cpu' if here and allowed('cpu') else ''
+
+def _fits_channels(t, x, dtype): return t is None or t.shape==x.shape[1:2] and t.dtype==dtype and t.device==x.device
 
 def _suits(bn, x, residual):
-    "Can the native operator stand in for these operations?"
-    if not x.is_cpu or not number_of(x) or x.dim()!=4 or x.numel()<=x.shape[1]: return False
-    if not x.is_contiguous(memory_format=torch.channels_last): return False
+    "Can the operator stand in for these operations?"
+    if not (who := _who(x)) or not _is_just(bn, nn.BatchNorm2d): return False
     r = residual
-    if not (r is None or r.shape==x.shape and r.dtype==x.dtype and r.is_cpu and r.layout is torch.strided): return False
-    if not allowed('cpu') or not _is_just(bn, nn.BatchNorm2d): return False
+    if not (r is None or r.shape==x.shape and r.dtype==x.dtype and r.device==x.device and r.layout is torch.strided):
+        return False
     vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
     kinds = {torch.float32,x.dtype}            # all of them one or the other
-    fits = any(all(_fits_channels(t, x.shape[1], kind) for t in vectors) for kind in kinds)
-    return fits and _kernels_there(number_of(x))
+    fits = any(all(_fits_channels(t, x, kind) for t in vectors) for kind in kinds)
+    return fits and _kernels_there(who, number_of(x))
 
 # %% ../nbs/05_fuse.ipynb #c668a40d
 def batch_norm(
@@ -105,7 +124,7 @@ def batch_norm(
     "`relu(bn(x)+residual)` in one operation where that is possible"
     if isinstance(relu, nn.Module) and not _is_just(relu, nn.ReLU): return relu(batch_norm(x, bn, residual))
     if not _suits(bn, x, residual): return _by_torch(bn, x, residual, relu)
-    if residual is not None: residual = residual.contiguous(memory_format=torch.channels_last)
+    if residual is not None and not is_batch_last(x): residual = residual.contiguous(memory_format=torch.channels_last)
     y,stats = _norm(x, bn.weight, bn.bias, residual, *_running_statistics(bn), bn.eps, bool(relu))
     _move_running(bn, stats, x.numel()//x.shape[1])
     return y
@@ -264,7 +283,7 @@ def norm_then(
     reader:nn.Module,   # what reads the result
 )->Tensor: # what the reader makes of it
     "`reader(relu(bn(x)))`, in one operation if the reader is a sparse convolution or a max pooling"
-    if (relu is True or _is_just(relu, nn.ReLU)) and _suits(bn, x, None):
+    if (relu is True or _is_just(relu, nn.ReLU)) and _suits(bn, x, None) and not is_batch_last(x):
         if _suits_conv(x, reader): return _into_conv(x, bn, reader)
         if _suits_pool(x, reader): return _into_pool(x, bn, reader)
     return reader(batch_norm(x, bn, None, relu))
@@ -432,13 +451,28 @@ def _new_forward(m):
     exec(code.src, code.globals, scope)
     return scope['forward']
 
+# %% ../nbs/05_fuse.ipynb #bdfd90ba
+def _turned(layer, args):
+    "Hook in front of a sparse convolution: images innermost, where the kernels for a GPU compute it"
+    x = args[0]
+    if x.dim()==4 and (x.is_cuda or chosen()=='triton') and not is_batch_last(x):
+        return x.movedim(0,-1).contiguous().movedim(-1,0),*args[1:]
+
+def _hooks_of(m): return [k for k,f in m._forward_pre_hooks.items() if f is _turned]
+
+def _turns(m)->bool:
+    "Is it a convolution that kernels for a GPU compute, and does no hook turn its images yet?"
+    return isinstance(m, SparseConv2d) and m.block_size in FAST_BLOCKS and not m.pad_first and not _hooks_of(m)
+
 # %% ../nbs/05_fuse.ipynb #7580361d
 def fuse(
     model:nn.Module, # any model, changed in place
+    innermost:bool=False, # on a GPU: images innermost from sparse layer to sparse layer? Those that are sparse by now
 )->nn.Module: # the same model
     "Compute BatchNorm, addition and ReLU in one operation wherever the model does them in a row"
     for m in list(model.modules()):
         if f := _new_forward(m): _become(m, f)
+        if innermost and _turns(m): m.register_forward_pre_hook(_turned)
     return model
 
 # %% ../nbs/05_fuse.ipynb #3d7b4dcf
@@ -448,4 +482,5 @@ def unfuse(
     "Undo `fuse`"
     for m in list(model.modules()):
         if isinstance(m, _Fused): m._undo()
+        for k in _hooks_of(m): del m._forward_pre_hooks[k]
     return model

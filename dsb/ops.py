@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 from .structure.blocks import ShuffledBlocks, Structure, Unstructured
-from .kernels.reference import ConvArgs, carrying, dense_wgrad, fits, is_channels_last, mixed
+from .kernels.reference import (ConvArgs, carrying, dense_wgrad, empty_batch_last, fits, is_batch_last,
+                                   is_channels_last, mixed)
 
 # %% ../nbs/01_ops.ipynb #7476bc7a
 _fast = {'cpu':'cpu', 'cuda':'triton'}                       # device type -> its fast backend
@@ -454,12 +455,29 @@ def reveal(
     f(dW, *(() if dv is None else (dv,)))
     return s.gather(dW).to(dy.dtype) if dv is None else dv
 
+# %% ../nbs/01_ops.ipynb #0bde31b5
+def _follows(x, name)->bool:
+    "Do results have their images innermost, as `x` has them?"
+    return (x.is_cuda or name=='triton') and is_batch_last(x)
+
+def _empty_like(x, shape, name):
+    "A fake result, in the memory format of `x`"
+    if _follows(x, name): return empty_batch_last(x, shape)
+    y = x.new_empty(shape)
+    return y.to(memory_format=torch.channels_last) if x.dim()==4 and is_channels_last(x) else y
+
+def _as_promised(y, x, name):
+    "A result, in the memory format of `x` if that is images innermost"
+    if y is None or not _follows(x, name) or is_batch_last(y): return y
+    return empty_batch_last(y, y.shape).copy_(y)
+
 # %% ../nbs/01_ops.ipynb #e1ff9e28
 @operator('dsb::linear')
 def _linear(x:Tensor, values:Tensor, bias:Tensor|None, rows:Tensor, group_ptr:Tensor, cols:Tensor, checksum:Tensor|None,
             B:int, O:int, K:int, key:int, backend:str)->Tensor:
     s = structure_of((rows, group_ptr, cols), B, (O,K), 1, checksum)
-    with torch._C._DisableAutocast(): return _backend_for(x, s, None, backend).linear(x, values, bias, s)
+    with torch._C._DisableAutocast(): y = _backend_for(x, s, None, backend).linear(x, values, bias, s)
+    return _as_promised(y, x, backend)
 
 # %% ../nbs/01_ops.ipynb #1e633ef3
 def outline(
@@ -473,7 +491,7 @@ def outline(
 @_linear.register_fake
 def _(x, values, bias, rows, group_ptr, cols, checksum, B, O, K, key, backend):
     fits(x, values, bias, outline(cols, B, O, K))
-    return x.new_empty(x.shape[0], O)
+    return _empty_like(x, (x.shape[0], O), backend)
 
 # %% ../nbs/01_ops.ipynb #98f13d68
 def _none_as_empty(x, *grads): return tuple(x.new_empty(0) if o is None else o for o in grads)
@@ -489,13 +507,14 @@ def _linear_backward(dy:Tensor, x:Tensor, values:Tensor, rows:Tensor, group_ptr:
         with torch._C._DisableAutocast():
             dx,dv = _backend_for(x, s, None, backend).linear_backward(dy, x, values, s, need_x, compact)
     if need_values and key: dv = reveal(key, dy, lambda n: x[:n], dv, s, None)
-    return _none_as_empty(x, dx, dv)
+    return _none_as_empty(x, _as_promised(dx, x, backend), dv)
 
 # %% ../nbs/01_ops.ipynb #91ffb13d
 @_linear_backward.register_fake
 def _(dy, x, values, *args):
-    need_x,need_values = args[-2:]
-    return x.new_empty(x.shape if need_x else 0),values.new_empty(values.shape if need_values else 0)
+    backend,need_x,need_values = args[-3:]
+    dx = _empty_like(x, x.shape, backend) if need_x else x.new_empty(0)
+    return dx,values.new_empty(values.shape if need_values else 0)
 
 # %% ../nbs/01_ops.ipynb #832d20a7
 def autocasts(
@@ -602,13 +621,8 @@ def _conv2d(x:Tensor, values:Tensor, bias:Tensor|None, rows:Tensor, group_ptr:Te
             groups:int, key:int, backend:str)->Tensor:
     s = structure_of((rows, group_ptr, cols), B, (O,K), groups, checksum)
     a = conv_args(kernel_size, stride, padding, dilation, groups)
-    with torch._C._DisableAutocast(): return _backend_for(x, s, a, backend).conv2d(x, values, bias, s, a)
-
-# %% ../nbs/01_ops.ipynb #54a1eaa4
-def _empty_like(x, shape):
-    "A fake tensor in the memory format of `x`, as far as that is NCHW or channels_last"
-    y = x.new_empty(shape)
-    return y.to(memory_format=torch.channels_last) if is_channels_last(x) else y
+    with torch._C._DisableAutocast(): y = _backend_for(x, s, a, backend).conv2d(x, values, bias, s, a)
+    return _as_promised(y, x, backend)
 
 # %% ../nbs/01_ops.ipynb #a14c63c2
 @_conv2d.register_fake
@@ -616,7 +630,7 @@ def _(x, values, bias, rows, group_ptr, cols, checksum, B, O, K,
       kernel_size, stride, padding, dilation, groups, key, backend):
     a = conv_args(kernel_size, stride, padding, dilation, groups)
     fits(x, values, bias, outline(cols, B, O, K), a)
-    return _empty_like(x, (x.shape[0], O, *a.out_size(*x.shape[2:])))
+    return _empty_like(x, (x.shape[0], O, *a.out_size(*x.shape[2:])), backend)
 
 # %% ../nbs/01_ops.ipynb #fd6cbd34
 @operator('dsb::conv2d_backward')
@@ -631,13 +645,13 @@ def _conv2d_backward(dy:Tensor, x:Tensor, values:Tensor, rows:Tensor, group_ptr:
         with torch._C._DisableAutocast():
             dx,dv = _backend_for(x, s, a, backend).conv2d_backward(dy, x, values, s, a, need_x, compact)
     if need_values and key: dv = reveal(key, dy, lambda n: x[:n], dv, s, a)
-    return _none_as_empty(x, dx, dv)
+    return _none_as_empty(x, _as_promised(dx, x, backend), dv)
 
 # %% ../nbs/01_ops.ipynb #b06df1eb
 @_conv2d_backward.register_fake
 def _(dy, x, values, *args):
-    need_x,need_values = args[-2:]
-    dx = _empty_like(x, x.shape) if need_x else x.new_empty(0)
+    backend,need_x,need_values = args[-3:]
+    dx = _empty_like(x, x.shape, backend) if need_x else x.new_empty(0)
     return dx,values.new_empty(values.shape if need_values else 0)
 
 _conv2d.register_autograd(_gradients_by(_conv2d_backward, (0,2,3)), setup_context=_keep_operands, again=True)
@@ -677,7 +691,7 @@ def block_conv_transpose2d(
     if min(size)<1: raise RuntimeError(f'images of {tuple(x.shape[2:])} would become {tuple(size)}: expected more')
     tensors = s.rows, s.group_ptr, s.cols
     if _unwatched(x, values): structure_of(tensors, s.block_size, tuple(s.shape), a.groups, checksum)
-    like = _empty_like(x, (len(x), s.shape[1]//math.prod(a.kernel_size)*a.groups, *size))
+    like = _empty_like(x, (len(x), s.shape[1]//math.prod(a.kernel_size)*a.groups, *size), chosen())
     y = _conv2d_backward(x, like, values, *tensors, checksum, s.block_size, *s.shape, *a, key, chosen(), True, False)[0]
     return y if bias is None else y + bias.view(-1,1,1)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mixed', 'fits', 'solid', 'carrying', 'carry', 'carried', 'linear', 'linear_backward', 'ConvArgs', 'patches',
-           'is_channels_last', 'in_format_of', 'conv2d', 'conv2d_backward', 'dense_wgrad', 'supports']
+           'is_channels_last', 'in_format_of', 'is_batch_last', 'empty_batch_last', 'conv2d', 'conv2d_backward',
+           'dense_wgrad', 'supports']
 
 # %% ../../nbs/kernels/01_reference.ipynb #4d9db42e
 import threading, torch
@@ -252,6 +253,20 @@ def in_format_of(
 )->Tensor: # `y` itself if it is so already
     "`y` in the memory format of `x`, NCHW or channels_last"
     return y.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+
+# %% ../../nbs/kernels/01_reference.ipynb #b43613dc
+def is_batch_last(
+    x:Tensor, # (N, C, H, W) or (M, K)
+)->bool: # False where torch's order would do
+    "Is `x` stored with its images innermost?"
+    return x.dim()>1 and x.stride(0)==1 and not x.is_contiguous() and x.movedim(0,-1).is_contiguous()
+
+def empty_batch_last(
+    x:Tensor, # tells type and device
+    shape,    # (N, …)
+)->Tensor: # no view
+    "A tensor without numbers, images innermost"
+    return x.new_empty(*shape[1:], shape[0]).movedim(-1,0).detach()
 
 # %% ../../nbs/kernels/01_reference.ipynb #24961373
 def conv2d(

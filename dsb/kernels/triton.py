@@ -21,7 +21,8 @@ from typing import NamedTuple
 from ..structure.blocks import ShuffledBlocks
 from ..structure.methods import slow_size
 from ..core import cache_dir, say, write_whole
-from .reference import ConvArgs, carried, carry, dense_wgrad, fits, is_channels_last, solid
+from .reference import (ConvArgs, carried, carry, dense_wgrad, empty_batch_last, fits, is_batch_last,
+                                   is_channels_last, solid)
 
 # %% ../../nbs/kernels/07_triton.ipynb #6a52b584
 try: import triton, triton.language as tl
@@ -73,7 +74,7 @@ def launch(self:Kernel,
     else: self.ready[key] = self.compiled[grid](*args, **const, num_warps=num_warps, num_stages=num_stages)
 
 # %% ../../nbs/kernels/07_triton.ipynb #23cc171c
-_RESULTS = 'dst','y','p','dx','out'   # parameters that a kernel writes to
+_RESULTS = 'dst','y','p','dx','dr','out'   # parameters that a kernel writes to
 
 @patch
 def __call__(self:Kernel,
@@ -165,7 +166,7 @@ def batch_first(
     "Images outermost, as torch has them"
     N,v = t.shape[-1],t.movedim(-1,0)
     last = t.dim()==4 and is_channels_last(like)
-    if v.is_contiguous() and not last: return v.to(like.dtype)
+    if v.is_contiguous() and not last: return v.to(like.dtype).detach()
     how = dict(dtype=like.dtype, device=t.device)
     if last:
         C,HW = len(t),t.shape[1]*t.shape[2]
@@ -533,7 +534,8 @@ def weight_gradient(
     return out[0] if splits==1 else out.sum(0)
 
 # %% ../../nbs/kernels/07_triton.ipynb #b25ea07b
-_POINTERS = dict(dict.fromkeys('rows ptr off pos place seg taps sources group first'.split(), '*i32'), out='*fp32')
+_POINTERS = dict(dict.fromkeys('rows ptr off pos place seg taps sources group first'.split(), '*i32'),
+                 **dict.fromkeys('out part stats sums grads gamma beta mean var'.split(), '*fp32'))
 
 def compiled_for(
     kernel:Kernel,   # one of this notebook
@@ -546,7 +548,7 @@ def compiled_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     names = list(inspect.signature(kernel.fn).parameters)
-    tensors = _POINTERS | {o:f'*{dtype}' for o in ('x','v','bias','y','dy','p','src','dst','dx')}
+    tensors = _POINTERS | {o:f'*{dtype}' for o in ('x','v','bias','y','dy','p','src','dst','dx','dr')}
     signature = {o:'constexpr' if o in const else tensors.get(o, 'i32') for o in names}
     aligned = [o for o in names if o in tensors or o in ('N','n','L','Q','per','n_cols')]
     source = ASTSource(kernel.compiled, signature, const, {(names.index(o),):[['tt.divisibility',16]] for o in aligned})
@@ -743,9 +745,21 @@ def check():
     if triton is None: raise ValueError('Triton is not installed; pip install triton, or use dsb.backend("reference")')
 
 # %% ../../nbs/kernels/07_triton.ipynb #0dd0e8a8
-def _format(x): return 'channels_last' if x.dim()==4 and is_channels_last(x) else 'contiguous'
-def _like(t, x): return batch_first(t if x.dim()==4 else t.flatten(1), x)
+def _format(x):
+    "Name of a memory format"
+    if is_batch_last(x): return 'batch_last'
+    return 'channels_last' if x.dim()==4 and is_channels_last(x) else 'contiguous'
 
+def _like(t, x):
+    "A result of the kernels in the format of `x`; nothing is to be done if that is theirs"
+    t = t if x.dim()==4 else t.flatten(1)
+    return t.movedim(-1,0).detach() if is_batch_last(x) else batch_first(t, x)
+
+def _moved(y, x):
+    "A result of torch in the format of `x`, if that is images innermost"
+    return empty_batch_last(y, y.shape).copy_(y) if is_batch_last(x) and not is_batch_last(y) else y
+
+# %% ../../nbs/kernels/07_triton.ipynb #d1c9a57c
 def _places(s):
     "Place of each value in the flattened weight (twice: an absent row's is one behind the end, or the last)"
     def make(s):
@@ -782,7 +796,7 @@ def _product(x, values, bias, s, a, relu):
             return _like(forward(xp, values, bias, s, f, relu=relu, **way), x)
         w = _weight(values, s, a)
         y = F.linear(x, w, bias) if a is None else F.conv2d(x, w, bias, *a[1:])
-        return y.relu() if relu else y
+        return _moved(y.relu() if relu else y, x)
     return run(choose('forward', x, s, f, _format(x), run))
 
 # %% ../../nbs/kernels/07_triton.ipynb #6640d288
@@ -800,7 +814,7 @@ def _gradients(dy, x, values, s, a, need_x, need_values):
     if not f.Q*f.C:
         return torch.zeros_like(x) if need_x else None,torch.zeros_like(values) if need_values else None
     def dx(way, turn):
-        if way==DENSE: return _dense_dx(dy, x, _weight(values, s, a), a)
+        if way==DENSE: return _moved(_dense_dx(dy, x, _weight(values, s, a), a), x)
         return _like(input_gradient(turn(dy, (0,0), way['precision']=='tf32'), values, s, f, **way), x)
     def dv(way, turn):
         if way==DENSE: return _values(dense_wgrad(dy, x, s, a), s)
@@ -813,7 +827,7 @@ def _gradients(dy, x, values, s, a, need_x, need_values):
 
 # %% ../../nbs/kernels/07_triton.ipynb #7e551cab
 def conv2d(
-    x:Tensor,         # (N, C, H, W) float32, float16 or bfloat16, NCHW or channels_last
+    x:Tensor,         # (N, C, H, W) float32, float16 or bfloat16; NCHW, channels_last or images innermost
     values:Tensor,    # (n_blocks·B, B)
     bias:Tensor,      # (O,) or None
     s:ShuffledBlocks, # structure of the weight, O × C/groups·kh·kw
