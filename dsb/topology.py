@@ -124,7 +124,8 @@ def _check_change(c, w, name, rule):
     need(same, f'a structure like {s}, got {new}')
     fits = isinstance(c.drop, Tensor) and c.drop.dtype==torch.bool and c.drop.shape==w.values.shape
     need(fits, f'drop to be bool of shape {tuple(w.values.shape)}')
-    need(new is s or c.drop.any() or new==s, 'drop to mark the weights that go, as the structure is another one')
+    same = new is s or c.drop.any() or torch.equal(new.mask(), s.mask())
+    need(same, 'drop to mark the weights that go, as the places are others')
 
 # %% ../nbs/04_topology.ipynb #5ccc5f7d
 def _other_kind(method, name, B):

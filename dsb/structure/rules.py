@@ -528,6 +528,7 @@ def swap(
     s = w.structure
     drop = plan_drops(w.values, s, int(f*s.nnz))
     grown = _grow(w, drop)
+    if not len(grown): return Change(s, drop, 0, grown)
     new = refine_blocks(_scores_after(w, drop, grown), s, w.groups, _n_short(s))
     return Change(new, drop, int(drop.sum()), grown)
 
