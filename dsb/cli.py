@@ -195,8 +195,9 @@ def _update_options():
                "begins with three times the weights, never more than there are, and prunes the least at updates; "
                "with 1, the default of the others and of --rule paper, their number is constant", 'R'),
         option('--prune_end', "step by which pruning is done; default: half of the run"),
-        option('--alpha', "share of the active weights to drop at the first update; falls to 0 along a cosine"),
-        option('--rule', "of dsb: cover (default), columns, saliency, swap or paper, the published one"),
+        option('--alpha', "share of the active weights to exchange at the first update; falls to 0 along a cosine; "
+               f"default: {SETTINGS['alpha'].default}, or 0 for blocks that are pruned, unless a rule is given"),
+        option('--rule', "of dsb: cover (default), columns or paper, the published one"),
         option('--grow', "what growth goes by: gradient, norm (a bound that needs no dense gradient) or random; "
                "default: the method's own", 'BY'),
         option('--accumulate', "sum the dense gradients of the last M steps; 0: those of the last backward pass", 'M'),

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 from .structure.blocks import Structure
-from .structure.methods import GROWS, METHODS, SPARSE, check_setting
+from .structure.methods import GROWS, METHODS, SPARSE, check_setting, usual_alpha
 from .structure.density import between, capacity
 from .structure.rules import (DEFAULT_RULE, RULES, Change, Collector, Weights, by_column, dealt_out, entries,
                                  mean_square, pruned, scores_of_share)
@@ -314,7 +314,7 @@ class Updater:
         method:str='dsb',           # a sparse one of `METHODS`: 'dsb' or 'ssb' for blocks; 'rigl', 'set' or 'static'
         T:int=100,                  # steps between updates
         T_end:int=75000,            # step at which updates end
-        alpha:float=.3,             # drop fraction at the start, in (0, 1]
+        alpha:float=None,           # drop fraction at the start, in [0, 1]; None: see `usual_alpha`
         rule=None,                  # of `dsb`: a name in `RULES`, or a callable like those; None: `DEFAULT_RULE`
         grow:str=None,              # 'gradient', 'norm' (its bound) or 'random'; None: the method's own
         schedule:str='cosine',      # how the drop fraction falls: 'cosine', 'linear' or 'constant'
@@ -326,11 +326,12 @@ class Updater:
         prune_end:int=None,         # step by which a model made with `initial_ratio` has come down to its sparsity
     ):
         self.grow,self.rule = check_update(method, T, rule, grow, accumulate, part)
-        drop_fraction(0, T_end, alpha, schedule)   # raises for a bad T_end, alpha or schedule
         self.layers,self.levels = sparse_layers(model),_levels(opt)
         _check_model(self.layers, method, model)
         _check_optimizer(self.levels, self.layers)
         self.prune_end = _check_pruning(self.layers, int(T), prune_end)
+        if alpha is None: alpha = usual_alpha(method, self.prune_end is not None, rule, grow)
+        if not drop_fraction(0, T_end, alpha, schedule): self.grow = None   # raises for a bad T_end, alpha or schedule
         followers = [_followers(self.layers, averaged_model(o)) for o in follow]
         self.opt,self.method,self.T,self.T_end,self.alpha,self.schedule = opt,method,int(T),T_end,alpha,schedule
         self.accumulate,self.part,self.group = int(accumulate),part,group or _group_of(model)
@@ -795,9 +796,9 @@ def step(self:Updater)->'Report': # or None when no update was made
 @patch
 def __repr__(self:Updater):
     when = f't={self.t}, every {self.T} steps until {self.T_end}'
-    if self.prune_end: when += f', pruning until {self.prune_end}'
-    how = f'alpha={self.alpha}, grow={self.grow}'
-    return f'Updater({self.method}, {rule_name(self.rule)}, {when}, {how}, {len(self.layers)} layers)'
+    how = 'nothing grows' if self.grow is None else f'{rule_name(self.rule)}, alpha={self.alpha}, grow={self.grow}'
+    if self.prune_end: how += f', pruning until {self.prune_end}'
+    return f'Updater({self.method}, {when}, {how}, {len(self.layers)} layers)'
 
 # %% ../nbs/04_topology.ipynb #379938cc
 @patch

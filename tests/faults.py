@@ -16,7 +16,7 @@ from dsb.core import markdown_table
 from dsb.training.folder import load_checkpoint, sealed
 from dsb.training.train import Trainer
 
-RUN = ('--data_set digits --model lenet5 --method dsb --block_size 8 --sparsity 0.8 --initial_ratio 2 --T 3 --epochs 3 '
+RUN = ('--data_set digits --model lenet5 --method dsb --rule cover --block_size 8 --sparsity 0.8 --initial_ratio 2 --T 3 --epochs 3 '
        '--batch_size 32 --n_train 128 --n_val 32 --n_test 32 --lr 0.05 --seed 3 --device cpu').split()
 STEPS = 4                                              # of an epoch
 

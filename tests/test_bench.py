@@ -155,7 +155,7 @@ def test_update(capsys, tmp_path):
     r, = report['results']
     assert (r['model'], r['T'], r['batch'], r['fused']) == ('wrn-10-1', 10, 2, True) and (tmp_path/'p.png').exists()
     ways = ('gradient', 1), ('gradient', .5), ('norm', 1), ('random', 1)
-    ways = [(u, g, p) for u in RULES for g, p in ways if (u, g) != ('saliency', 'random')]
+    ways = [(u, g, p) for u in RULES for g, p in ways]
     assert [(u['rule'], u['grow'], u['part']) for u in r['updates']] == ways
     for u in r['updates']:
         assert u['q1'] <= u['ms'] <= u['q3'] and u['n'] == 2
@@ -167,7 +167,7 @@ def test_update(capsys, tmp_path):
             assert w['arrays'] == pytest.approx(max(0, w['peak'] - w['granted'])/4/w['active'])
         assert min(u['memory']['armed'], u['memory']['plain']) > 0 and any(w['layer'] in printed for w in worst)
     lines = [l for l in printed.splitlines() if re.match(f"({'|'.join(RULES)}), ", l)]
-    assert len(lines) == len(ways) and 'saliency, gradient of 0.5' in printed and 'a plain step of 2 images' in printed
+    assert len(lines) == len(ways) and 'columns, gradient of 0.5' in printed and 'a plain step of 2 images' in printed
 
 def test_threads_are_given_back(capsys, tmp_path):
     before = torch.get_num_threads()
@@ -219,7 +219,6 @@ def test_without_native_kernels(capsys, tmp_path):
     ('bench update --rule rigl', "rule='rigl': expected paper, "),
     ('bench update --rules paper', 'unknown option --rules; did you mean --rule?'),
     ('bench update --grow norms', "grow='norms': expected gradient, norm or random"),
-    ('bench update --rule saliency --grow random', "rule='saliency' with grow='random': it needs gradients"),
     ('bench update --part 0', "part='0': expected shares of the batch in (0, 1]"),
     ('bench update --T 0', 'T=0: expected a whole number, at least 1'),
     ('bench update --no_compile', 'unknown option --no_compile'),

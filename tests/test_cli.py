@@ -35,7 +35,7 @@ def refused(capsys, tmp_path, *options):
     ('--T -5', 'T=-5: expected a whole number of steps'),
     ('--T_end 0', 'T_end=0: expected the step at which updates end'),
     ('--T_end -1', 'T_end=-1: expected the step at which updates end'),
-    ('--alpha 0', 'alpha=0.0: expected the first drop fraction, a number in (0, 1]'),
+    ('--alpha 0 --initial_ratio 1', 'alpha=0 with initial_ratio=1: no weight would ever move'),
     ('--alpha 1.01', 'alpha=1.01: expected the first drop fraction'),
     ('--epochs 0', 'epochs=0: expected a whole number, at least 1'),
     ('--batch_size 0', 'batch_size=0: expected'),
@@ -114,7 +114,7 @@ def test_original_options():
                          sparsity=.8, T_end=9, T=5, alpha=.2, block_size=8, data_set='cifar100', static_update='y')
     for recipe, epochs in ('cifar', 160), ('imagenet', 105):
         c = TrainConfig(**options_to_config({}, recipe))
-        assert (c.model, c.epochs, c.start_epoch, c.batch_size, c.lr, c.momentum, c.weight_decay, c.cuda, c.sparsity, c.settled(391).T, c.alpha, c.block_size, c.data_set) == \
+        assert (c.model, c.epochs, c.start_epoch, c.batch_size, c.lr, c.momentum, c.weight_decay, c.cuda, c.sparsity, c.settled(391).T, c.settled(391).alpha, c.block_size, c.data_set) == \
                ('wrn-22-2', epochs, 0, 128, .1, .9, 1e-4, 0, .9, 100, .3, 0, 'cifar10')
         defaults = {names[-1]: default for _, options in option_groups() for names, _, default, _ in options}
         for option, field in ('--lr', 'lr'), ('--momentum', 'momentum'), ('--T', 'T'), ('--alpha', 'alpha'), ('--batch_size', 'batch_size'):
@@ -197,10 +197,10 @@ def test_default_folder(tmp_path, monkeypatch, capsys):
     "What differs is in the name, what is the same gets a number, and a folder that is there is left alone"
     monkeypatch.chdir(tmp_path)
     (tmp_path/'runs/digits-lenet300-100-dsb-s0.9-b16-seed0').mkdir(parents=True)
-    for more in '', '', '--rule swap', '--lr .05 --T 7', '--seed 3':
+    for more in '', '', '--rule columns', '--lr .05 --T 7', '--seed 3':
         assert main(['train', *QUICK, '--method', 'dsb', *more.split()]) == 0
     folders = {p.name.removeprefix('digits-lenet300-100-dsb-s0.9-b16-'): p for p in (tmp_path/'runs').iterdir()}
-    assert folders.keys() == {'seed0', 'seed0-2', 'seed0-3', 'swap-seed0', 'lr0.05-T7-seed0', 'seed3'}
+    assert folders.keys() == {'seed0', 'seed0-2', 'seed0-3', 'columns-seed0', 'lr0.05-T7-seed0', 'seed3'}
     assert not list(folders.pop('seed0').iterdir()) and all((p/'last.pt').exists() for p in folders.values())
     out = capsys.readouterr().out
     for p in folders.values(): assert f', in runs/{p.name}\n' in out and f'see runs/{p.name}/curves.png' in out

@@ -193,7 +193,7 @@ def test_arguments(tmp_path, monkeypatch):
 
 # Several processes
 
-TWO = '--data_set digits --model lenet5 --method dsb --block_size 8 --sparsity 0.8 --T 3 --epochs 30 --batch_size 32 --n_train 128 --n_test 32 --device cpu --print_freq 1'.split()
+TWO = '--data_set digits --model lenet5 --method dsb --rule cover --block_size 8 --sparsity 0.8 --T 3 --epochs 30 --batch_size 32 --n_train 128 --n_test 32 --device cpu --print_freq 1'.split()
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='torch without distributed')
 @pytest.mark.parametrize('more, kill, status, says', [

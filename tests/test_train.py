@@ -7,7 +7,7 @@ from dsb.training.train import restored
 from faults import equal
 
 TIMES = 'seconds', 'step_ms'      # of a summary, never the same
-RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --block_size 8 --sparsity 0.8 --initial_ratio 3 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_val 48 --n_test 64 '
+RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --rule cover --block_size 8 --sparsity 0.8 --initial_ratio 3 --T 4 --epochs 3 --batch_size 32 --n_train 256 --n_val 48 --n_test 64 '
        '--lr 0.05 --seed 3 --device cpu').split()
 
 def start(root, *argv):
@@ -59,7 +59,7 @@ def test_validation_changes_nothing_else():
     from dsb.training.train import Trainer, TrainConfig
     d = load_data('digits', channels=1, n_train=256, n_val=64, n_test=64, batch_size=32)
     parts = [(d.train, d.test, d.val), (d.train, d.test)]
-    config = TrainConfig(model='lenet5', method='dsb', block_size=8, sparsity=.5, epochs=2, T=3, batch_size=32, device='cpu')
+    config = TrainConfig(model='lenet5', method='dsb', rule='cover', block_size=8, sparsity=.5, epochs=2, T=3, batch_size=32, device='cpu')
     one, two = (Trainer(config, data=TensorData(d.name, d.info, d.classes, *p, batch_size=32), verbose=False) for p in parts)
     one.fit(); two.fit()
     assert all(map(torch.equal, one.model.state_dict().values(), two.model.state_dict().values()))
@@ -193,7 +193,7 @@ def test_compiled(monkeypatch, capsys):
     from dsb.training.train import Trainer, TrainConfig
     torch._dynamo.reset()
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
-    config = dict(model='wrn-10-1', method='dsb', block_size=8, sparsity=.5, initial_ratio=1.5, T=3, prune_end=10, epochs=3, batch_size=16, n_train=64, n_test=16, lr=.05, device='cpu')
+    config = dict(model='wrn-10-1', method='dsb', rule='cover', block_size=8, sparsity=.5, initial_ratio=1.5, T=3, prune_end=10, epochs=3, batch_size=16, n_train=64, n_test=16, lr=.05, device='cpu')
     a, b = (Trainer(TrainConfig(**config, compile=o), verbose=o) for o in (True, False))
     a._epochs(); b._epochs()
     assert sum(u['pruned'] > 0 for h in a.history for u in h['updates']) == 3

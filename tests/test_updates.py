@@ -38,7 +38,7 @@ def layers(draw):
     make = SparseLinear if linear else SparseConv2d
     return make.from_dense(dense, s),(5,K) if linear else (2,I*groups,6,5),seed
 
-rules = st.sampled_from([(r,g) for r in RULES for g in ('gradient','norm','random') if (r,g)!=('saliency','random')])
+rules = st.sampled_from([(r,g) for r in RULES for g in ('gradient','norm','random')])
 numbers = st.fixed_dictionaries(dict(alpha=st.sampled_from([.05,.3,1.]), accumulate=st.sampled_from([0,1]),
                                      part=st.sampled_from([1.,.5])))
 

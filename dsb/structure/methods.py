@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DENSE', 'SPARSE', 'SETTINGS', 'STARTS', 'GROWS', 'FAST_BLOCKS', 'FAST_WORDS', 'Method', 'method_of',
-           'Setting', 'check_setting', 'slow_size', 'ignored']
+           'Setting', 'check_setting', 'usual_alpha', 'slow_size', 'ignored']
 
 # %% ../../nbs/structure/05_methods.ipynb #3358b965
 from math import inf
@@ -60,7 +60,7 @@ SETTINGS = dict(
                           lambda v: is_real(v) and 1<=v<inf),
     prune_end=Setting(None, 'the step by which pruning is done, at least 1, or None',
                       lambda v: v is None or is_whole(v) and v>=1),
-    alpha=Setting(.3, 'the first drop fraction, a number in (0, 1]', lambda v: is_real(v) and 0<v<=1),
+    alpha=Setting(.3, 'the first drop fraction, a number in [0, 1]', lambda v: is_real(v) and 0<=v<=1),
     accumulate=Setting(0, 'a whole number of steps, at most T', lambda v: is_whole(v) and v>=0),
     part=Setting(1., 'a share of the batch in (0, 1]', lambda v: is_real(v) and 0<v<=1))
 
@@ -73,6 +73,15 @@ def check_setting(
     s = SETTINGS[name]
     if s.ok(v): return v
     raise ValueError(f'{name}={v!r}: expected {s.expected}')
+
+# %% ../../nbs/structure/05_methods.ipynb #84261808
+def usual_alpha(
+    method:str,    # a key of `METHODS`
+    pruned:bool,   # does the network begin with more weights than it ends with?
+    rule=None, grow:str=None, # as in `Updater`; None: nobody asked
+)->float: # in [0, 1]
+    "The first drop fraction where nobody gives one"
+    return 0. if method=='dsb' and pruned and rule is None and grow is None else SETTINGS['alpha'].default
 
 # %% ../../nbs/structure/05_methods.ipynb #adace7b1
 STARTS = 'magnitude','random','cover'    # places that start active

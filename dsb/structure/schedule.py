@@ -20,13 +20,13 @@ def _check_end(T_end):
 def drop_fraction(
     t:int,              # step, from 0
     T_end:int,          # step at which updates end, positive
-    alpha:float=.3,     # drop fraction at step 0, in (0, 1]
+    alpha:float=.3,     # drop fraction at step 0, in [0, 1]
     schedule='cosine',  # 'cosine', 'linear' or 'constant'
 )->float: # in [0, alpha], 0 from `T_end` on
     "Share of the active weights that an update at step `t` drops"
     one_of(schedule, SCHEDULES, 'schedule')
-    if not 0<alpha<=1:
-        raise ValueError(f"alpha={alpha}: expected a number in (0, 1], the share of weights dropped at step 0")
+    if not 0<=alpha<=1:
+        raise ValueError(f"alpha={alpha}: expected a number in [0, 1], the share of weights dropped at step 0")
     _check_end(T_end)
     if not t>=0: raise ValueError(f"t={t}: expected a step counted from 0")
     if t>=T_end: return 0.

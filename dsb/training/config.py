@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import is_real, is_whole, one_of
 from ..structure.density import DISTRIBUTIONS
-from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS, check_setting, method_of
+from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS, check_setting, method_of, usual_alpha
 
 # %% ../../nbs/training/06_config.ipynb #ac34d57d
 def _dense_contradiction(method, sparsity, block_size, static):
@@ -145,7 +145,7 @@ class TrainConfig:
     start:str=None             # places that start active: 'magnitude', 'random' or 'cover'; None: see `build_model`
     T:int=None                 # steps between two topology updates; None: see `settled`
     T_end:int=None             # step at which updates end; None: see `settled`
-    alpha:float=SETTINGS['alpha'].default # drop fraction at step 0
+    alpha:float=None           # drop fraction at step 0; None: see `settled`
     rule:str=None              # of `dsb`: which columns or entries go and come, see `RULES`; None: the default
     grow:str=None              # what growth goes by: 'gradient', 'norm' or 'random'; None: the method's own
     accumulate:int=SETTINGS['accumulate'].default # sum the dense gradients of so many steps before an update
@@ -203,7 +203,7 @@ def complete(self:TrainConfig):
     self._check_update()
 
 # %% ../../nbs/training/06_config.ipynb #c81ca4ce
-OPEN = 'T','T_end','initial_ratio','prune_end'   # follow from the length of the run where nobody gives them
+OPEN = 'T','T_end','alpha','initial_ratio','prune_end'   # follow from the length of the run where nobody gives them
 
 # %% ../../nbs/training/06_config.ipynb #ecab22d5
 @patch
@@ -235,6 +235,9 @@ def _check_update(self:TrainConfig):
                          "use random or magnitude")
     if self.prune_end and self.usual_ratio == 1:
         raise ValueError(f"prune_end={self.prune_end} with initial_ratio=1: nothing is pruned, leave one out")
+    if self.alpha == 0 and self.usual_ratio == 1 and METHODS[self.method].grow:
+        raise ValueError(f"alpha=0 with initial_ratio=1: no weight would ever move, give alpha above 0 or use "
+                         f"method {METHODS[self.method].twin}")
     from dsb.topology import check_update
     check_update(self.method, self.T or SETTINGS['T'].default, self.rule, self.grow, self.accumulate, self.part)
 
@@ -335,12 +338,13 @@ def _pruning(c, T, planned):
 @patch
 def settled(self:TrainConfig,
     steps_per_epoch:int, # batches of one epoch
-)->TrainConfig: # `T`, `T_end`, `initial_ratio` and `prune_end` are given, the last may be None
+)->TrainConfig: # the settings of `OPEN` are given; `prune_end` may be None
     "The config for a run of this length; a ValueError where it has no update before pruning has to end"
     planned = self.epochs*steps_per_epoch
     T = _interval(self, planned)
     ratio, end = _pruning(self, T, planned)
-    return replace(self, T=T, T_end=_end_of_updates(self, planned), initial_ratio=ratio, prune_end=end)
+    alpha = usual_alpha(self.method, end is not None, self.rule, self.grow) if self.alpha is None else self.alpha
+    return replace(self, T=T, T_end=_end_of_updates(self, planned), alpha=alpha, initial_ratio=ratio, prune_end=end)
 
 # %% ../../nbs/training/06_config.ipynb #2e5e2b1d
 def _weights(model)->list:
