@@ -35,7 +35,10 @@ def unwrapped(
     while True:
         if isinstance(model, _wrappers): model = model.module
         elif type(model).__name__=='OptimizedModule': model = model._orig_mod
-        else: return model
+        elif isinstance(model, nn.Module): return model
+        else: raise TypeError(f'model: expected an nn.Module, got {_what(model)}')
+
+def _what(o): return f'the class {o.__name__}: call it first' if isinstance(o, type) else f'{type(o).__name__}'
 
 # %% ../nbs/03_sparsify.ipynb #438facb0
 def named_modules(
@@ -248,6 +251,7 @@ def _kinds_of(model)->str:
 # %% ../nbs/03_sparsify.ipynb #0c8a41e9
 def _check_model(model):
     "Raise for a model that cannot be made sparse"
+    unwrapped(model)
     for m in model.modules():
         if isinstance(m, SparseLayer):
             raise ValueError('the model is sparse already: sparsify a dense one, or densify it first')

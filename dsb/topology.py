@@ -78,8 +78,9 @@ def _check_rule(rule, grow):
         raise ValueError(f"rule={name!r} with grow='random': it needs gradients; "
                          "use grow='gradient' or 'norm', or rule='columns'")
     if keeps not in ('entries','columns'):
+        worth = '' if keeps else '; a function that only gives the worth of columns: ColumnRule(name, function)'
         raise ValueError(f"rule {name}: expected an attribute keeps that is 'entries' or 'columns', "
-                         f"what it looks at of the gradient; got {keeps!r}")
+                         f"what it looks at of the gradient; got {keeps!r}{worth}")
 
 # %% ../nbs/04_topology.ipynb #7adbecb4
 def _update_rule(method, rule, grow):
@@ -123,6 +124,8 @@ def _check_change(c, w, name, rule):
     need(same, f'a structure like {s}, got {new}')
     fits = isinstance(c.drop, Tensor) and c.drop.dtype==torch.bool and c.drop.shape==w.values.shape
     need(fits, f'drop to be bool of shape {tuple(w.values.shape)}')
+    same = new is s or c.drop.any() or torch.equal(new.mask(), s.mask())
+    need(same, 'drop to mark the weights that go, as the places are others')
 
 # %% ../nbs/04_topology.ipynb #5ccc5f7d
 def _other_kind(method, name, B):

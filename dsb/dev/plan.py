@@ -265,7 +265,9 @@ def place(self:Plan,
     "A room's place in the house, in words"
     below,later = [self.links([a.to for a in self.below[room.name] if a.inner==o], room.at) for o in (False,True)]
     above = self.links([a.at for a in self.arrows if a.to==room.name], room.at)
-    parts = [(below, f'builds on {below}'), (later, f'loads {later} when needed'), (above, f'used by {above}')]
+    lesson = dirname(room.at)=='tutorials'
+    first = f'uses {below}; nothing of this has to be read first' if lesson else f'builds on {below}'
+    parts = [(below, first), (later, f'loads {later} when needed'), (above, f'used by {above}')]
     words = '; '.join(says for o,says in parts if o) or 'stands alone'
     floor = room.floor
     if MAP in self.all and room.at!=MAP: floor = f"[{floor}]({relpath(MAP, dirname(room.at) or '.')})"

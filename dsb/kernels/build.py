@@ -177,7 +177,9 @@ def _built(name:str, source:str)->Path:
 
 # %% ../../nbs/kernels/02_build.ipynb #41e8d7c6
 @functools.cache
-def _warn(reason): warnings.warn(f'dsb: {reason}; the slower reference takes over')
+def _warn(reason):
+    text = f'dsb: {reason}; plain torch takes over, which is slower'
+    warnings.warn_explicit(text, UserWarning, 'dsb.kernels.build', 1)   # shows no line of source
 
 @functools.cache
 def library(

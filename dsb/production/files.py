@@ -47,8 +47,10 @@ def _safetensors():
 
 # %% ../../nbs/production/02_files.ipynb #e2774175
 def _check_folder(folder):
-    "Raise if something else than `save` wrote the config in a folder"
+    "Raise for a folder that is called like a file, or has a config of something else"
     config = folder/'config.json'
+    if folder.suffix in ('.pt','.pth','.bin','.ckpt','.onnx'):
+        raise ValueError(f'{folder}: expected a name that ends in .safetensors, or a folder')
     if any((folder/n).exists() for n in ('last.pt','best.pt')) or config.exists() and _config(folder) is None:
         raise ValueError(f'{folder} holds a config.json of something else: name a new folder, or a file that '
                          'ends in .safetensors')
@@ -120,7 +122,9 @@ def _sparse_twin(name, dense, block_size, tensors):
     if lost: raise ValueError(f'the file lacks {lost[0]}')
     given = {k:tensors[o] for k,o in at.items()}
     numbers = dict(block_size=block_size) if block_size else {}
-    return _TWINS[type(dense)].from_dense(dense, kind(**given, **numbers, shape=shape))
+    try: s = kind(**given, **numbers, shape=shape)
+    except ValueError as e: raise ValueError(f'{name}: {shape[0]}×{shape[1]} in the network; {e}') from None
+    return _TWINS[type(dense)].from_dense(dense, s)
 
 def _with_sparse(model, sparse, tensors):
     "Give a dense network the sparse layers of a file, in place"

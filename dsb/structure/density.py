@@ -250,7 +250,8 @@ def _check_distribution(distribution, sparsity, names):
     "Raise unless it is a known name, with a sparsity, or gives densities to layers among `names`"
     if not isinstance(distribution, dict):
         one_of(distribution, DISTRIBUTIONS, 'distribution')
-        if not 0<=sparsity<1: raise ValueError(f"sparsity={sparsity}: expected a number in [0, 1)")
+        if not 0<=sparsity<1: raise ValueError(f"sparsity={sparsity}: expected a number in [0, 1), "
+                                               "the share of weights that are zero")
         return
     for n,d in distribution.items():
         one_of(n, names, 'layer in distribution')
@@ -269,6 +270,7 @@ def _reasons(shapes, block_size, distribution, dense, groups)->dict:
 # %% ../../nbs/structure/03_density.ipynb #acb1cd9f
 def _why_out_of_reach(caps, target, fixed, block_size)->str:
     "Reason why `target` weights cannot be shared out among `caps` beside `fixed` dense ones"
+    if not caps and block_size: return f'no layer has the rows and columns for a block of {block_size}x{block_size}'
     unit = f'block of {block_size}x{block_size}' if block_size else 'weight'
     if target<0:
         return f"the layers that stay dense have {fixed:,} weights, more than the {target+fixed:,.0f} to be active"

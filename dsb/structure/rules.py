@@ -474,19 +474,28 @@ class ColumnRule:
         self.__name__,self.worth,self.spread,self.below,self.needs = name,worth,spread,below,needs
 
     def __repr__(self):
-        settings = dict(worth=self.worth.__name__, spread=self.spread, below=self.below)
+        settings = dict(worth=getattr(self.worth, '__name__', self.worth), spread=self.spread, below=self.below)
         return f"{self.__name__}: {', '.join(f'{k}={v}' for k,v in settings.items())}"
 
 # %% ../../nbs/structure/06_rules.ipynb #d94463f7
 _needs_gradient = "rule={!r} needs gradients: use grow='gradient' or 'norm', or rule='columns'"
 
 @patch
+def _worth(self:ColumnRule, w):
+    "One number for each active column, or an error"
+    if self.needs and w.seen is None: raise ValueError(_needs_gradient.format(self.__name__))
+    v,n = self.worth(w),len(w.structure.cols)
+    if isinstance(v, Tensor) and v.shape==(n,): return v
+    got = f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__
+    raise ValueError(f'rule {self.__name__}: expected its worth to be a tensor of {n} numbers, one for each active '
+                     f'column, got {got}')
+
+@patch
 def __call__(self:ColumnRule,
     w:Weights, f:float, # as in `entries`, but of blocks
 )->Change:
     "What goes, what comes, and the structure that makes"
-    if self.needs and w.seen is None: raise ValueError(_needs_gradient.format(self.__name__))
-    s,worth = w.structure,self.worth(w)
+    s,worth = w.structure,self._worth(w)
     order,n = falling(-worth),int(f*len(worth))
     out,stay = _withering(worth, order, n, self.below)
     drop,planned = _dropped(s, out),int(_dropped(s, order[:n]).sum())

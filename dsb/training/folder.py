@@ -285,7 +285,7 @@ def _check_format(path, ck):
     got = ck.get('format') if isinstance(ck, dict) else None
     if not isinstance(got, dict) or got.get('name') != FORMAT['name']:
         raise ValueError(f"{path} is not a checkpoint of dsb: it has no 'format' entry {FORMAT['name']!r}; "
-                         "expected last.pt or best.pt of a run")
+                         "expected last.pt or best.pt of a run; a state dict goes into model.load_state_dict")
     v, own = got.get('version'), FORMAT['version']
     if v == own and is_whole(v): return
     if not is_whole(v): raise ValueError(f"{path} is not a checkpoint of dsb: format version {v!r}, expected {own}")
@@ -494,7 +494,7 @@ def load_checkpoint(
         if p != last: say(f"dsb: warning: {worst or f'there is no {last}'}; going back to {p}, step {ck['step']}")
         return p, ck
     if worst: raise worst
-    raise ValueError(f"no checkpoint at {last}: expected last.pt or best.pt of a run, or the run's folder")
+    raise ValueError(f"no checkpoint at {path}: expected last.pt or best.pt of a run, or the run's folder")
 
 # %% ../../nbs/training/07_folder.ipynb #a3f70b1c
 @contextmanager

@@ -117,6 +117,8 @@ def dense_is_faster(
     from dsb.ops import backend_module, layer_case, through_dense, why_not
     x,v = (o.detach() for o in to_autocast(x, layer.values))
     s,a = layer.structure,getattr(layer, 'args', None)
+    if a is None and x.shape[-1]!=s.shape[1]:
+        raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (…, {s.shape[1]})')
     if a is None: x = x.reshape(-1, s.shape[1])
     if (known := through_dense(case := layer_case(x, s, a))) is not None: return known
     with torch.no_grad(), torch.autocast('cpu', enabled=False):
