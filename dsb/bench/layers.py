@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRODUCTS', 'LAYER_OPTIONS', 'Layer', 'parse_layer', 'random_structure', 'work', 'sparse_products', 'dense_products',
            'bsr_weight', 'bsr_forward', 'bsr_peer', 'layer_tensors', 'contestants', 'dense_times', 'layer_record',
-           'beside_any', 'measure_layer', 'layers_table', 'plot_layers', 'layers_job']
+           'beside_any', 'measure_layer', 'layers_table', 'plot_layers', 'intensity', 'roof', 'slopes', 'plot_roofline',
+           'layers_job']
 
 # %% ../../nbs/bench/02_layers.ipynb #117996d3
 import re, warnings
@@ -21,7 +22,7 @@ from ..kernels import reference
 from ..kernels.reference import ConvArgs
 from ..ops import backend_module, why_not
 from ..structure.blocks import ShuffledBlocks
-from ..training.plot import INK, NEW, OLD, SOFT, figure
+from ..training.plot import INK, NEW, OLD, SOFT, figure, plain_axes
 
 # %% ../../nbs/bench/02_layers.ipynb #447bfd07
 class Layer(NamedTuple):
@@ -355,6 +356,74 @@ def plot_layers(
         ax.barh([j + .2*i - .3 for j in range(len(names))], [length[n, p] for n in names], .2, color=ink, label=p)
     labels = [f"{l}{' nchw' if f == 'nchw' else ''}, {d}" for l, f, d in names]
     name_bars(ax, labels, 'share of the register peak' if known else 'times faster than the best dense')
+    return fig
+
+# %% ../../nbs/bench/02_layers.ipynb #b3ad33df
+def intensity(
+    r:dict, # record of a layer
+)->float: # operations for each byte
+    "Arithmetic of a product for each byte that it has to read or write at least"
+    layer, both = parse_layer(r['layer'], r['batch']), r['product'] == 'both gradients'
+    x, y = layer.batch*layer.I*layer.size**2, layer.pixels*layer.O
+    w = round(r['density']*layer.O*layer.K)
+    size = CPU_NUMBERS[r.get('numbers', 'float32')].itemsize
+    return r['flops']/(((2*x + y + 2*w) if both else x + y + w)*size)
+
+# %% ../../nbs/bench/02_layers.ipynb #4283ffe1
+def roof(
+    i:float,    # operations for each byte
+    peak:float, # GFLOP/s
+    rate:float, # GB/s
+)->float: # GFLOP/s
+    "What a processor can do at most with so much arithmetic for each byte"
+    return min(peak, i*rate)
+
+def slopes(
+    machine:dict, # of a report
+)->dict: # words -> GB/s
+    "The rates of memory that were measured with a report; round ones where none was"
+    seen = {f'copies of {size}': rate for size, rate in machine.get('copy_gbs', {}).items()}
+    return seen or {f'{rate} GB/s': rate for rate in (100, 30, 10)}
+
+# %% ../../nbs/bench/02_layers.ipynb #f3b2720d
+def _draw_roof(ax, peak, rates, ends, ink):
+    "The peak and the slopes that end at it"
+    ax.plot(ends, [peak]*2, color=INK, lw=1.2, label='register peak')
+    for (words, rate), line in zip(rates.items(), ('-.', '--', ':')):
+        i = ends[0], min(max(ends[0], peak/rate), ends[1])
+        ax.plot(i, [roof(o, peak, rate) for o in i], line, color=ink, lw=1, label=words)
+
+def _draw_products(ax, rows):
+    "A point for each product, and below them the layer's name"
+    for p, ink, mark in zip(PRODUCTS, (INK, NEW, OLD, SOFT), 'o^vs'):
+        seen = [r for r in rows if r['product'] == p]
+        ax.plot([intensity(r) for r in seen], [r['gflops'] for r in seen], mark, color=ink, mec=INK, mew=.5, ms=6, label=p)
+    lowest = {}
+    for r in rows:
+        if r['product'] != 'both gradients': lowest.setdefault((r['layer'], intensity(r)), []).append(r['gflops'])
+    for (name, i), rates in lowest.items():
+        ax.annotate(name, (i, min(rates)), (0, -6), textcoords='offset points', fontsize=7, color=INK, rotation=90,
+                    ha='center', va='top')
+
+# %% ../../nbs/bench/02_layers.ipynb #7e9ffa25
+def plot_roofline(
+    report:dict, # of `dsb bench layers`, as in its JSON file
+):
+    "Operations in a second over operations for each byte, below what the processor and its memory allow"
+    rows, m = report['results'], report['machine']
+    peaks = [m['peak_gflops'], m['peak_gflops_end'], *(r['peak_gflops'] for r in rows)]
+    if None in peaks: raise ValueError('the register peak was not measured; install a C++ compiler and measure again')
+    found = [intensity(r) for r in rows]
+    fig = figure(8, 4.6)
+    ax = fig.subplots()
+    _draw_roof(ax, max(peaks), slopes(m), (.8*min(found), 1.25*max(found)), INK if 'copy_gbs' in m else SOFT)
+    _draw_products(ax, rows)
+    ax.set(xscale='log', yscale='log', ylim=(.3*min(r['gflops'] for r in rows), 1.3*max(peaks)))
+    for axis in ax.xaxis, ax.yaxis:
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
+        axis.set_major_formatter('{x:g}'); axis.set_minor_formatter('')
+    ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
+    plain_axes(ax, '', 'operations for each byte', 'GFLOP/s')
     return fig
 
 # %% ../../nbs/bench/02_layers.ipynb #a2f682db
