@@ -397,7 +397,8 @@ def _draw_products(ax, rows):
     "A point for each product, and below them the layer's name"
     for p, ink, mark in zip(PRODUCTS, (INK, NEW, OLD, SOFT), 'o^vs'):
         seen = [r for r in rows if r['product'] == p]
-        ax.plot([intensity(r) for r in seen], [r['gflops'] for r in seen], mark, color=ink, mec=INK, mew=.5, ms=6, label=p)
+        at = [intensity(r) for r in seen], [r['gflops'] for r in seen]
+        ax.plot(*at, mark, color=ink, mec=INK, mew=.5, ms=6, label=p)
     lowest = {}
     for r in rows:
         if r['product'] != 'both gradients': lowest.setdefault((r['layer'], intensity(r)), []).append(r['gflops'])
