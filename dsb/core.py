@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHE_REMEDY', 'nearest', 'one_of', 'is_whole', 'is_real', 'whole_number', 'try_lock', 'whole_file',
            'remove_abandoned', 'write_whole', 'is_mine', 'cache_folders', 'private_folder', 'cache_dir',
-           'settle_matplotlib', 'cpu_info', 'processor', 'text_table', 'markdown_table', 'say', 'watched']
+           'settle_matplotlib', 'cpu_info', 'processor', 'text_table', 'markdown_table', 'Shown', 'say', 'watched']
 
 # %% ../nbs/00_core.ipynb #aa0374b4
 import contextlib, os, platform, re, secrets, stat, sys, tempfile
@@ -244,6 +244,13 @@ def markdown_table(
     def line(r): return '| ' + ' | '.join(map(str, r)) + ' |'
     rule = '|'.join('---' if i in left else '--:' for i in range(len(head)))
     return '\n'.join([line(head), f'|{rule}|', *map(line, rest)])
+
+# %% ../nbs/00_core.ipynb #11fa59fa
+class Shown(dict):
+    "A dictionary that a notebook shows as a table"
+    def _repr_markdown_(self):
+        short = {k: f'{v:.6g}' if isinstance(v, float) else v for k,v in self.items()}
+        return markdown_table([('',''), *short.items()])
 
 # %% ../nbs/00_core.ipynb #929b0b7b
 def say(

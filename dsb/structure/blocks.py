@@ -348,7 +348,6 @@ def show(self:ShuffledBlocks,
     for ax,o,title in zip(axs, (img, img[order]), ('rows in their own order','rows of a group together')):
         ax.imshow(o, cmap=colours, vmin=0, vmax=self.n_groups, aspect='auto', interpolation='nearest')
         ax.set(title=title, ylabel='row', xlabel='column' if ax is axs[-1] else None)
-    return axs
 
 # %% ../../nbs/structure/01_blocks.ipynb #f2d999f4
 class Unstructured(Structure):

@@ -8,10 +8,10 @@ __all__ = ['RECIPES', 'CHOICES', 'OPEN', 'choose_method', 'Recipe', 'usual_recip
 
 # %% ../../nbs/training/06_config.ipynb #43a3837f
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 from fastcore.basics import patch
-from ..core import is_real, is_whole, one_of
+from ..core import is_real, is_whole, markdown_table, one_of
 from ..structure.density import DISTRIBUTIONS
 from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS, check_setting, method_of, usual_alpha
 
@@ -262,6 +262,12 @@ def title(self:TrainConfig)->str:
     if self.rule: how += f", rule {self.rule}"
     if (self.initial_ratio or 1) > 1: how += f", pruned from {self.initial_ratio:g} times as many"
     return f"{self.model} on {self.data_set}: {self.method}, sparsity {self.sparsity:g}, {how}, {self.distribution}"
+
+# %% ../../nbs/training/06_config.ipynb #507388b7
+@patch
+def _repr_markdown_(self:TrainConfig):
+    known = [(k, f'`{v!r}`') for k, v in asdict(self).items() if v is not None]
+    return f"{self.title}\n\n{markdown_table([('setting','value'), *known], left=(0,1))}"
 
 # %% ../../nbs/training/06_config.ipynb #470889bc
 _TYPES = {str: ('a text', lambda v: isinstance(v, str)), bool: ('true or false', lambda v: isinstance(v, bool)),

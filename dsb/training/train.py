@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
-from ..core import one_of, whole_file, write_whole, watched
+from ..core import Shown, markdown_table, one_of, whole_file, write_whole, watched
 from ..fuse import fuse
 from ..sparsify import sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
@@ -404,6 +404,13 @@ def _first_random_state(self:Trainer):
 # %% ../../nbs/training/09_train.ipynb #bd810582
 @patch
 def __repr__(self:Trainer): return f"{self.config.title}; {self.epoch} of {self.config.epochs} epochs"
+
+@patch
+def _repr_markdown_(self:Trainer):
+    keys = [k for k in ('epoch', 'train_loss', 'val_acc', 'test_acc', 'density') if any(k in r for r in self.history)]
+    def shown(v): return '' if v is None else f'{v:.4g}'
+    rows = [[shown(r.get(k)) for k in keys] for r in self.history]
+    return f'{self}\n\n{markdown_table([keys, *rows])}' if rows else str(self)
 
 # %% ../../nbs/training/09_train.ipynb #0ae67fdb
 @patch
@@ -910,6 +917,7 @@ def finish(self:Trainer)->dict: # what `summary.json` holds, but for the confusi
     "Write `summary.json`, `curves.png`, `masks.png` and `confusion.png`"
     r, g = self.result(), self.grade()
     r |= {k: g[k] for k in ('top5_acc',) if k in g}
+    r = Shown(r)
     if not self.claim: return r
     small = dict(confusion=g['confusion']) if self.shape['num_classes'] <= 100 else {}
     with self.claim.writing():
