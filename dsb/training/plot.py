@@ -467,17 +467,21 @@ def _updates(history):
     return [(r['epoch']*u['step']/r['step'], u) for r in history for u in r.get('updates', ())]
 
 # %% ../../nbs/training/04_plot.ipynb #01bd8aaf
+_MOVEMENT = (('pruned', 'pruned', GROUPS[3]), ('planned', 'drops planned', SOFT), ('confirmed', 'drops confirmed', INK),
+             ('net_changed', 'changed in the end', NEW))
+
 def _plot_movement(ax, history):
     "Does the structure still move?"
     ups, title = _updates(history), 'structure: weights at each update'
     if ups and 'ever_active' in ups[-1][1]: title += f"; {ups[-1][1]['ever_active']:.0%} of all ever active"
     plain_axes(ax, title, 'epoch')
-    if not ups:
-        ax.text(.5, .5, 'no update in this run', ha='center', va='center', transform=ax.transAxes, color=SOFT)
+    seen = [(k, *how) for k, *how in _MOVEMENT if any(u.get(k) for _, u in ups)]
+    if not seen:
+        words = 'nothing moved' if ups else 'no update in this run'
+        ax.text(.5, .5, words, ha='center', va='center', transform=ax.transAxes, color=SOFT)
         return
-    for key, label, color in (('planned', 'drops planned', SOFT), ('confirmed', 'drops confirmed', INK),
-                              ('net_changed', 'changed in the end', NEW)):
-        ax.plot([e for e, _ in ups], [u[key] for _, u in ups], '.-', color=color, label=label, lw=1, ms=3)
+    for key, label, color in seen:
+        ax.plot([e for e, _ in ups], [u.get(key, 0) for _, u in ups], '.-', color=color, label=label, lw=1, ms=3)
     ax.set_ylim(bottom=0); ax.set_xlim(0, history[-1]['epoch'])
     ax.legend(fontsize=8, frameon=False)
 

@@ -677,9 +677,9 @@ def _epoch_line(self:Trainer):
     line = f"epoch {r['epoch']:>{n}}/{self.config.epochs} lr {r['lr']:<6.2g} "
     line += f"train {r['train_loss']:.3f} {r['train_acc']:6.2%} {judged}"
     if r['step_ms']: line += f"{r['step_ms']:5.0f} ms"
-    pruned = sum(u['pruned'] for u in r['updates'])
+    pruned, moved = (sum(u[k] for u in r['updates']) for k in ('pruned', 'net_changed'))
     if pruned: line += f", {pruned} pruned"
-    if r['updates']: line += f", {sum(u['net_changed'] for u in r['updates'])} moved"
+    if moved or r['updates'] and not pruned: line += f", {moved} moved"
     return line
 
 # %% ../../nbs/training/09_train.ipynb #91394253
