@@ -23,6 +23,7 @@ from .steps import Step, bench_model, flop_share, sparse_model
 from .timing import (FORMATS, as_ms, as_ratio, checked, finish, interleave, left_out, short_reason, spread,
                               warm_up, words, writable)
 from ..core import say, text_table
+from ..fuse import fuse
 from ..kernels.reference import ConvArgs
 from ..structure.extract import extract_blocks
 from ..structure.methods import FAST_BLOCKS, FAST_WORDS
@@ -246,7 +247,7 @@ def gpu_step(
     images:tuple, # (batch, height and width of the images, classes)
     plan,        # (distribution, density, block size); None for dense
     fmt:str,     # memory format
-    how:str,     # 'compiled', 'graph' or ''
+    how:str,     # 'compiled', 'graph', 'innermost' (images, from sparse layer to sparse layer), or words of these
     kind:str,    # key of `NUMBERS`
     device:str,  # 'cuda' or 'cpu'
 )->Step:
@@ -254,8 +255,10 @@ def gpu_step(
     batch, size, classes = images
     if plan is None: model = bench_model(name, size, classes)
     else: model = sparse_model(name, *plan, size=size, classes=classes)
-    return Step(model, batch, fmt, how == 'compiled', size, classes, device, half=kind == 'bf16', free=False,
-                capture=graphed if how == 'graph' else None)
+    how = how.split()
+    if 'innermost' in how: fuse(model, innermost=True)
+    return Step(model, batch, fmt, 'compiled' in how, size, classes, device, half=kind == 'bf16', free=False,
+                capture=graphed if 'graph' in how else None)
 
 # %% ../../nbs/bench/05_gpu.ipynb #9d665821
 @contextmanager
@@ -271,9 +274,11 @@ def _peak_memory(device):
 # %% ../../nbs/bench/05_gpu.ipynb #427081ad
 def _step_variants(plans, device, compiled):
     "Name of a variant -> plan, memory format, and way to run"
-    ways = ['', *['graph']*(device == 'cuda'), *['compiled']*compiled]
+    gpu = device == 'cuda'
+    ways = ['', *['graph']*gpu, *['compiled']*compiled]
     dense = {('dense', f, how): (None, f, how) for f in FORMATS for how in ways}
-    return dense | {('sparse', p, how): (p, 'nchw', how) for p in plans for how in ways}
+    ours = [*ways, *['innermost', 'graph innermost']*gpu]
+    return dense | {('sparse', p, how): (p, 'nchw', how) for p in plans for how in ours}
 
 # %% ../../nbs/bench/05_gpu.ipynb #af908c44
 def step_turns(
