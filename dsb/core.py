@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE_REMEDY', 'nearest', 'one_of', 'is_whole', 'is_real', 'whole_number', 'try_lock', 'whole_file',
            'remove_abandoned', 'write_whole', 'is_mine', 'cache_folders', 'private_folder', 'cache_dir',
-           'settle_matplotlib', 'cpu_info', 'processor', 'text_table', 'markdown_table', 'Shown', 'say', 'watched']
+           'settle_matplotlib', 'cpu_info', 'processor', 'text_table', 'markdown_table', 'Shown', 'keep_stored', 'say',
+           'watched']
 
 # %% ../nbs/00_core.ipynb #aa0374b4
 import contextlib, os, platform, re, secrets, stat, sys, tempfile
@@ -251,6 +252,24 @@ class Shown(dict):
     def _repr_markdown_(self):
         short = {k: f'{v:.6g}' if isinstance(v, float) else v for k,v in self.items()}
         return markdown_table([('',''), *short.items()])
+
+# %% ../nbs/00_core.ipynb #67ff0332
+_LONG = '#| eval: false'
+
+def _kept(lines):
+    "What IPython is to run in place of a cell"
+    if not any(l.startswith(_LONG) for l in lines): return lines
+    return ["print('not run again, see the stored output; keep_stored(False) lets this cell run')\n"]
+
+def keep_stored(
+    keep:bool=True, # False: run them after all
+):
+    "In a notebook, do not run cells that are marked `eval: false`"
+    import IPython
+    shell = IPython.get_ipython()
+    if shell is None: return
+    steps = shell.input_transformers_cleanup
+    steps[:] = [f for f in steps if f is not _kept] + [_kept]*keep
 
 # %% ../nbs/00_core.ipynb #929b0b7b
 def say(

@@ -23,6 +23,15 @@ def test_pictures_are_described(nb):
     "`#| fig-alt: ...` on top of a cell is what the site puts in the place of a picture that is not seen"
     assert not undescribed(pictures(nb)), undescribed(pictures(nb))
 
+@each_of_all
+def test_run_all_leaves_long_cells_alone(nb):
+    "Jupyter knows no `eval: false`: a notebook with such cells calls `keep_stored` before the first of them"
+    sources = [c['source'] if isinstance(c['source'], str) else ''.join(c['source'])
+               for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    long = [i for i,s in enumerate(sources) if s.startswith('#| eval: false') and "__name__=='__main__'" not in s]
+    if long and nb.name not in ('00_core.ipynb', '01_site.ipynb'):
+        assert any('\nkeep_stored()' in s for s in sources[:long[0]]), sources[long[0]][:100]
+
 def test_an_undescribed_picture_is_found(tmp_path):
     shown = dict(output_type='display_data', metadata={}, data={'image/png':''})
     cells = [dict(cell_type='code', source=s, outputs=[shown]) for s in ('plot()', '#| fig-alt: one\nplot()',
