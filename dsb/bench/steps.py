@@ -472,5 +472,6 @@ def step_job(
             say(f'{i} of {len(plans)}: {n}' + ('' if o['no_compile'] else ', compiling takes a minute or two'))
             r, more = measure_step(n, p, B, o['batch'], *how)
             results += r; notes += more
+            if i < len(plans): say(steps_table(r))     # the whole table follows at the end
         return results, notes
     return lambda: run_bench(o, measure, steps_table, plot_steps)
