@@ -66,7 +66,7 @@ def test_results(whole):
     assert blocks['run'] == dict(label='blocks', sparsity=.8, seed=1) and len(blocks['test_acc']) == 3 and len(blocks['train_loss']) == 15
     chosen, r = max(range(3), key=lambda i: blocks['val_acc'][i]), blocks['result']   # by validation, of the three evaluations
     assert (r['best_epoch'], r['best_acc'], r['final_acc']) == ((6, 12, 15)[chosen], blocks['test_acc'][chosen], blocks['test_acc'][-1])
-    assert blocks['updates']['number'] > 10 and lines['small']['updates'] == dict(number=0)
+    assert blocks['updates']['number'] > 5 and lines['small']['updates'] == dict(number=0)
     assert abs(lines['small']['result']['active']/blocks['result']['active'] - 1) < .03
     assert blocks['command'].startswith('dsb train --model lenet300-100 --data_set digits --method dsb --sparsity 0.8')
     assert blocks['versions'].keys() == {'dsb', 'torch', 'python'} and blocks['threads'] == 1
