@@ -9,7 +9,7 @@ __all__ = ['supports', 'statistics', 'norm', 'norm_sums', 'norm_finish']
 import torch
 from torch import Tensor
 from .reference import is_batch_last, solid
-from .triton import Kernel, batch_last
+from .triton import Kernel, batch_last, cannot_take
 try: import triton, triton.language as tl
 except ImportError: triton = None
 
@@ -143,10 +143,7 @@ def supports(
     x:Tensor, # an activation
 )->str: # '' or the reason why not
     "Can these kernels normalise it?"
-    if triton is None: return 'Triton is not installed'
-    if x.device.type not in ('cuda','cpu'): return f'the row kernels take CUDA tensors, not {x.device.type}'
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'the row kernels compute in float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
+    if why := cannot_take(x, 'row'): return why
     return '' if is_batch_last(x) else 'the row kernels take images stored innermost'
 
 # %% ../../nbs/kernels/09_rows.ipynb #383098a1

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TILES', 'DENSE', 'Kernel', 'batch_last', 'batch_first', 'Shape', 'shape_of', 'Kept', 'table', 'offsets', 'positions',
            'forward', 'by_channel', 'sources', 'input_gradient', 'chunks', 'weight_gradient', 'compiled_for',
-           'compiled_tile', 'precisions', 'tiles', 'candidates', 'guess', 'Choices', 'choose', 'supports', 'check',
-           'conv2d', 'conv2d_backward', 'linear', 'linear_backward']
+           'compiled_tile', 'precisions', 'tiles', 'candidates', 'guess', 'Choices', 'choose', 'cannot_take',
+           'supports', 'check', 'conv2d', 'conv2d_backward', 'linear', 'linear_backward']
 
 # %% ../../nbs/kernels/07_triton.ipynb #36de2f9d
 import functools, inspect, json, math, os
@@ -725,17 +725,24 @@ def choose(
     return s.cache[key]
 
 # %% ../../nbs/kernels/07_triton.ipynb #b907ec5b
+def cannot_take(
+    x:Tensor,    # an input or activation
+    kernels:str, # what messages call the kernels
+)->str: # '' or the reason
+    "Why kernels of Triton cannot compute with a tensor of this device and type"
+    if triton is None: return 'Triton is not installed'
+    if x.device.type not in ('cuda','cpu'): return f'the {kernels} kernels take CUDA tensors, not {x.device.type}'
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'the {kernels} kernels compute in float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
+    return ''
+
 def supports(
     x:Tensor,         # the input, or any tensor of its device and type
     s:ShuffledBlocks, # structure of the weight
     a:ConvArgs=None,  # geometry, None for a linear layer
 )->str: # '' or the reason why not
     "Can these kernels compute the layer?"
-    if triton is None: return 'Triton is not installed'
-    if x.device.type not in ('cuda','cpu'): return f'the triton kernels take CUDA tensors, not {x.device.type}'
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'the triton kernels compute in float32, float16 and bfloat16, not {str(x.dtype)[6:]}'
-    if why := slow_size(s.block_size, 'triton'): return why
+    if why := cannot_take(x, 'triton') or slow_size(s.block_size, 'triton'): return why
     old = x.is_cuda and torch.cuda.get_device_capability(x.device)<(8,0)
     return 'the triton kernels need a GPU of compute capability 8.0 or more' if old else ''
 
