@@ -3,7 +3,7 @@ import contextlib, io, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from dsb.cli import main
-from dsb.training.sweep import read_lines
+from dsb.training.sweep import Sweep, read_lines
 
 SPEC = {'common': dict(model='lenet300-100', data_set='digits', n_train=200, n_val=50, n_test=100, batch_size=10, lr=.02, epochs=15, eval_every=6, T=20, device='cpu'),
         'methods': {'wild': dict(method='dense', lr=1e30), 'small': dict(method='small-dense'), 'blocks': dict(method='dsb', block_size=16)},
@@ -214,3 +214,9 @@ def test_results_that_are_none(capsys, tmp_path):
     (tmp_path/'folder').mkdir(); (tmp_path/'list.jsonl').write_bytes(b'{"run": {"label": ["a"]}}\n')
     for out, says in (('folder', 'cannot be read (Is a directory): give another --out'), ('list.jsonl', 'line 1 is no line of a sweep')):
         for more in [], ['--list'], ['--table']: assert says in refused(capsys, file, '--out', tmp_path/out, *more)
+
+def test_sweeps_of_the_book(root):
+    "The results in the repository are those of the files that ask for them: what this dsb would do today is what was done"
+    files = [f for f in (root/'nbs'/'explanations').glob('*.json') if f.with_suffix('.jsonl').exists()]
+    sweeps = [Sweep(f) for f in files]
+    assert len(sweeps) > 2 and all(any(s.state(r) == 'done' for r in s.runs) for s in sweeps)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from ..core import markdown_table, one_of, processor, text_table, whole_number, write_whole
-from ..structure.methods import DENSE, METHODS, ignored
+from ..structure.methods import DENSE, METHODS, ignored, usual_alpha
 from .config import OPEN, RECIPES, TrainConfig, check_types, modern, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
@@ -374,13 +374,22 @@ class Sweep:
         except ValueError as e: raise ValueError(f"{path}: {e}") from None
         self.read()
 
+# %% ../../nbs/training/10_sweep.ipynb #b249cf50
+def _used(config):
+    "What makes a difference to a run with these fields of a `TrainConfig`, whether they were told or not"
+    d = _usual(config) | config
+    if d['method'] not in METHODS: return d
+    pruned = (d['initial_ratio'] or METHODS[d['method']].ratio) > 1
+    if d['alpha'] is None: d['alpha'] = usual_alpha(d['method'], pruned, d['rule'], d['grow'])
+    return {k: v for k, v in d.items() if k not in ignored(d['method'], pruned)}
+
 # %% ../../nbs/training/10_sweep.ipynb #4ef7e777
 def _agree(run, there, where, remedy):
     "Raise if `there`, as `differs` gives it, is not the config of `run`"
-    there = modern(there)
-    here, free = differs(asdict(run.config)), {*MAY_CHANGE, *(k for k in OPEN if getattr(run.config, k) is None)}
+    free = {*MAY_CHANGE, *(k for k in OPEN if k != 'alpha' and getattr(run.config, k) is None)}
+    there, here = _used(modern(there)), _used(asdict(run.config))
     for k in sorted((here.keys() | there.keys()) - free):
-        a, b = (d.get(k, _usual(d).get(k)) for d in (there, here))
+        a, b = there.get(k), here.get(k)
         if a != b: raise ValueError(f"{run}: {where} has this run with {k}={a!r}, now it is {k}={b!r}; {remedy}")
 
 # %% ../../nbs/training/10_sweep.ipynb #14c5d0c5
