@@ -17,8 +17,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
-from .ops import (autocasts, structure_of, renew_kept, block_linear, block_conv2d, block_conv_transpose2d,
-                     revealed, set_collector)
+from .ops import (autocasts, check_tensor, structure_of, renew_kept, block_linear, block_conv2d,
+                     block_conv_transpose2d, revealed, set_collector)
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -253,13 +253,19 @@ def to_autocast(
     if x.is_cpu and all(o is None or o.dtype==torch.float32 for o in ts): return (to(x),*ts)
     return tuple(map(to, (x,*ts)))
 
+# %% ../nbs/02_layers.ipynb #4505dc3e
+@patch
+def _check_call(self:SparseLayer, x):
+    check_tensor(x)
+    if self.left_behind is not None: self._check_copy()
+
 # %% ../nbs/02_layers.ipynb #78c8f7b2
 @patch
 def forward(self:SparseLinear, x): return self._product(x, self.bias)
 
 @patch
 def _product(self:SparseLinear, x, bias):
-    if self.left_behind is not None: self._check_copy()
+    self._check_call(x)
     if not self.block_size: return F.linear(x, self._revealed_weight(), bias)
     x,v,b = to_autocast(x, self.values, bias)
     return block_linear(x, v, b, self, self.collect_key, self.checksum)
@@ -295,7 +301,7 @@ def _prepare(self:SparseConv2d):
 # %% ../nbs/02_layers.ipynb #918be672
 @patch
 def forward(self:SparseConv2d, x):
-    if self.left_behind is not None: self._check_copy()
+    self._check_call(x)
     return self._convolve(x[None])[0] if x.dim()==3 else self._convolve(x)
 
 @patch
@@ -324,7 +330,7 @@ class SparseConv1d(SparseLayer, nn.Conv1d):
 
 @patch
 def forward(self:SparseConv1d, x):
-    if self.left_behind is not None: self._check_copy()
+    self._check_call(x)
     if x.dim()==2: return self.forward(x[None])[0]
     x,a = self._padded(x),self.args
     if not self.block_size:
@@ -354,7 +360,7 @@ def _slabs(x, k, stride, dilation)->Tensor: # (N·Do, C·k, H, W)
 # %% ../nbs/02_layers.ipynb #0244de01
 @patch
 def forward(self:SparseConv3d, x):
-    if self.left_behind is not None: self._check_copy()
+    self._check_call(x)
     if x.dim()==4: return self.forward(x[None])[0]
     if x.dim()!=5: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (N, {self.in_channels}, D, H, W)')
     x,a = self._padded(x),self.args
@@ -389,7 +395,7 @@ def forward(self:SparseConvTranspose1d, x, output_size=None): return self._rever
 
 @patch
 def _reverse(self:SparseLayer, x, output_size, by_torch):
-    if self.left_behind is not None: self._check_copy()
+    self._check_call(x)
     n = len(self.kernel_size)
     if x.dim()==n+1: return self._reverse(x[None], output_size, by_torch)[0]
     sizes = list(map(list, (self.stride, self.padding, self.kernel_size)))
@@ -644,8 +650,8 @@ class SparseConv1D(SparseLayer):
 
 @patch
 def forward(self:SparseConv1D, x):
+    self._check_call(x)
     if not self.block_size: return F.linear(x, self._revealed_weight().t(), self.bias)
-    if self.left_behind is not None: self._check_copy()
     x,v,b = to_autocast(x, self.values, self.bias)
     return block_linear(x, v, b, self, self.collect_key, self.checksum)
 

@@ -6,7 +6,7 @@
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
            'sometimes_dense', 'structure_of', 'recall', 'renew_kept', 'operator', 'set_collector', 'revealed',
            'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts',
-           'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
+           'check_tensor', 'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
 import importlib, importlib.util, math, sys, warnings, weakref
@@ -524,9 +524,20 @@ def autocasts(
     kind = 'cpu' if x.is_cpu else x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
-def _check_mixture(x, values):
-    if not mixed(x, values) or autocasts(x): return
-    raise RuntimeError(f'input {str(x.dtype)[6:]}, values float32: expected one type; only autocast may mix them')
+def check_tensor(
+    x, # an input, anything
+):
+    "Raise a TypeError unless it is a tensor"
+    if isinstance(x, Tensor): return
+    kind = f'{type(x).__module__}.{type(x).__qualname__}'.removeprefix('builtins.')
+    raise TypeError(f'input of type {kind}: expected a tensor; use torch.as_tensor(...)')
+
+def _check_types(x, values):
+    "Raise unless the input can be multiplied with the values"
+    if x.dtype==values.dtype or mixed(x, values) and autocasts(x): return
+    got,own = (str(o.dtype)[6:] for o in (x, values))
+    remedy = f'use x.to(torch.{own})' + ', or autocast'*mixed(x, values)
+    raise RuntimeError(f'input {got}, values {own}: expected one type; {remedy}')
 
 # %% ../nbs/01_ops.ipynb #5eeba8c5
 def _keep_operands(ctx, inputs, output):
@@ -601,7 +612,7 @@ def block_linear(
     "`F.linear` with a shuffled-block weight"
     O,K = s.shape
     if not x.dim() or x.shape[-1]!=K: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (…, {K})')
-    _check_mixture(x, values)
+    _check_types(x, values)
     structure = s.rows, s.group_ptr, s.cols, checksum, s.block_size, O, K
     y = _linear(x.reshape(-1, K), values, bias, *structure, key, chosen())
     return y.view(*x.shape[:-1], O)
@@ -669,7 +680,7 @@ def block_conv2d(
     checksum:Tensor=None, # (64,) bool, that the structure must have; None: any
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "`F.conv2d` with a shuffled-block weight"
-    _check_mixture(x, values)
+    _check_types(x, values)
     return _conv2d(x, values, bias, s.rows, s.group_ptr, s.cols, checksum, s.block_size, *s.shape, *a, key, chosen())
 
 # %% ../nbs/01_ops.ipynb #9b0f126f
@@ -683,7 +694,7 @@ def block_conv_transpose2d(
     key:int=0, checksum:Tensor=None, # as in `block_conv2d`
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "`F.conv_transpose2d` with a shuffled-block weight"
-    _check_mixture(x, values)
+    _check_types(x, values)
     if x.dim()!=4 or x.shape[1]!=s.shape[0]:
         raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (N, {s.shape[0]}, H, W)')
     size = [(n-1)*t - 2*p + d*(k-1) + 1 + e
