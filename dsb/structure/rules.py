@@ -485,10 +485,18 @@ def _worth(self:ColumnRule, w):
     "One number for each active column, or an error"
     if self.needs and w.seen is None: raise ValueError(_needs_gradient.format(self.__name__))
     v,n = self.worth(w),len(w.structure.cols)
-    if isinstance(v, Tensor) and v.shape==(n,): return v
+    if isinstance(v, Tensor) and v.shape==(n,): return self._ranked(v, w)
     got = f'shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__
     raise ValueError(f'rule {self.__name__}: expected its worth to be a tensor of {n} numbers, one for each active '
                      f'column, got {got}')
+
+@patch
+def _ranked(self:ColumnRule, v, w):
+    "A worth if it can be put in order; what has diverged is for the training loop to tell, not for a rule"
+    n = int(v.isnan().sum())
+    if not n or not w.values.isfinite().all(): return v
+    raise ValueError(f'rule {self.__name__}: its worth is NaN for {n} of {len(v)} active columns, whose values are '
+                     'finite: expected numbers; a 0/0 perhaps?')
 
 @patch
 def __call__(self:ColumnRule,
