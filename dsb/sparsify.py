@@ -21,7 +21,7 @@ from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets, initial_budgets
 from .structure.methods import STARTS, check_setting
 from .core import markdown_table, one_of
-from .layers import (PROJECTIONS, SparseAttention, SparseLayer, SparseLinear, SparseConv2d, TWINS, passing,
+from .layers import (PROJECTIONS, SparseAttention, SparseLayer, TWINS, passing,
                         to_autocast, twin_class)
 from .ops import backend_module, sometimes_dense, why_not
 

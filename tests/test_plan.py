@@ -1,5 +1,5 @@
 "The house stands: arrows point down, private names stay at home, numbers have no gaps, lines fit, places are told"
-import json, os, subprocess, sys
+import ast, json, os, subprocess, sys
 import pytest
 from dsb.dev.plan import MAP, Plan, lengths, python
 from dsb.dev.site import Project
@@ -97,3 +97,16 @@ def test_the_map_shows_every_room(plan):
     shown = ''.join(str(o) for c in plan.all[MAP].cells for o in c.outputs)
     missing = [o.at for o in plan.rooms.values() if f'](../{o.at})' not in shown]
     assert not missing, f'run `python -m dsb.dev.site refresh {project.nbs.name}/{MAP}`: {missing}'
+
+def unused(file):
+    "Names that a module imports at its top and neither uses nor offers"
+    tree = ast.parse(file.read_text(encoding='utf-8'))
+    brought = {(a.asname or a.name).split('.')[0] for o in tree.body if isinstance(o, (ast.Import, ast.ImportFrom)) for a in o.names}
+    used = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)}
+    return sorted(brought - used - {o.value for o in ast.walk(tree) if isinstance(o, ast.Constant)})
+
+def test_imports_are_used():
+    "What only the tests of a notebook need is imported in a cell that is not exported"
+    files = [f for f in (project.root/'dsb').rglob('*.py') if f.name not in ('__init__.py', '_modidx.py')]
+    found = {f.name: names for f in files if (names := unused(f))}
+    assert len(files) > 40 and not found, found

@@ -358,7 +358,7 @@ GPU_OPTIONS = [
      "as for `dsb bench layers`; default: those of ResNet-50 with 256 images, of VGG-D with 128, and a linear layer "
      "with 16384 tokens"),
     (['--models'], dict(metavar='M[,M...]'), 'wrn-22-8,vgg-d,ResNet50', 'wrn-22-8',
-     f"networks whose training steps are timed, of wrn-22-8, vgg-d, ResNet50; none for layers alone"),
+     "networks whose training steps are timed, of wrn-22-8, vgg-d, ResNet50; none for layers alone"),
     (['--numbers'], dict(metavar='K[,K...]'), 'float32,tf32,bf16', 'tf32',
      "kinds of numbers: float32 (IEEE), tf32, bf16"),
     (['--block_size'], dict(metavar='B[,B...]'), '16,32,64', '32', f"block sizes: {FAST_WORDS}"),

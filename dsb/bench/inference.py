@@ -17,14 +17,14 @@ from .steps import bench_model, random_batch, sparse_model, sparse_plans
 from .timing import (COMMON_OPTIONS, CPU_NUMBERS, FORMATS, NUMBERS_OPTION, as_ms, as_ratio, filled, fma_burst,
                               interleave, left_out, missing, name_bars, number_kinds, numbers, qualify, run_bench,
                               spread, warm_up, words, writable)
-from ..core import say, text_table, whole_number
+from ..core import INK, NEW, OLD, SOFT, say, text_table, whole_number
 from ..production.fold import fold, is_folded
 from ..production.formats import export
 from ..production.serve import for_inference
 from ..sparsify import sparse_layers
 from ..structure.density import DISTRIBUTIONS
 from ..training.models import canonical_name, model_names
-from ..training.plot import INK, NEW, OLD, SOFT, figure
+from ..training.plot import figure
 
 # %% ../../nbs/bench/06_inference.ipynb #540f004b
 def image_of(

@@ -17,12 +17,12 @@ from typing import NamedTuple
 from .timing import (COMMON_OPTIONS, CPU_NUMBERS, FORMATS, NUMBERS_OPTION, as_ms, as_ratio, checked,
                               fma_burst, interleave, left_out, missing, name_bars, number_kinds, qualify, run_bench,
                               spread, warm_up)
-from ..core import say, text_table
+from ..core import INK, NEW, OLD, SOFT, say, text_table
 from ..kernels import reference
 from ..kernels.reference import ConvArgs
 from ..ops import backend_module, why_not
 from ..structure.blocks import ShuffledBlocks
-from ..training.plot import INK, NEW, OLD, SOFT, figure, plain_axes
+from ..training.plot import figure, plain_axes
 
 # %% ../../nbs/bench/02_layers.ipynb #447bfd07
 class Layer(NamedTuple):

@@ -20,12 +20,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .timing import (COMMON_OPTIONS, FORMATS, NUMBERS_OPTION, as_ratio, checked, fma_burst, interleave,
                               left_out, meter, missing, name_bars, number_kinds, qualify, run_bench, spread, warm_up,
                               words)
-from ..core import say, text_table
+from ..core import INK, NEW, OLD, SOFT, say, text_table
 from ..fuse import fuse
 from ..sparsify import sparsify
 from ..structure.density import DISTRIBUTIONS, budgets
 from ..training.models import canonical_name, create_model, layer_macs
-from ..training.plot import INK, NEW, OLD, SOFT, figure
+from ..training.plot import figure
 
 # %% ../../nbs/bench/03_steps.ipynb #a634ffa5
 def bench_model(

@@ -19,14 +19,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .steps import Step, no_stderr, sparse_model, sparse_plans
 from .timing import (COMMON_OPTIONS, checked, fma_burst, interleave, name_bars, numbers, run_bench, spread,
                               words)
-from ..core import say, text_table
+from ..core import INK, NEW, OLD, SOFT, say, text_table
 from ..sparsify import sparse_layers
 from ..structure.density import DISTRIBUTIONS
 from ..structure.methods import GROWS
 from ..structure.rules import RULES, Collector
 from ..topology import Updater, check_update
 from ..training.models import canonical_name
-from ..training.plot import INK, NEW, OLD, SOFT, figure
+from ..training.plot import figure
 
 # %% ../../nbs/bench/04_updates.ipynb #b050b929
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from pathlib import Path
 from ..core import is_whole, whole_file, write_whole
-from ..layers import SparseConv2d, SparseLayer, SparseLinear
+from ..layers import SparseConv2d, SparseLinear
 from .fold import fold, is_folded
 from ..sparsify import sparse_layers, unwrapped
 from ..structure.blocks import ShuffledBlocks, Unstructured

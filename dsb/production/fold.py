@@ -10,7 +10,7 @@ import copy, inspect
 import torch
 import torch.nn as nn
 from collections import Counter
-from torch import Tensor, fx
+from torch import fx
 from ..fuse import unfuse
 from ..layers import SparseConv2d, SparseLayer, SparseLinear
 from ..sparsify import unwrapped

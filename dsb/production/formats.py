@@ -7,7 +7,7 @@ __all__ = ['OPSET', 'FORMATS', 'TOLERANCE', 'bsr_weight', 'bsr_state', 'dense_st
            'loading_lines', 'images_line', 'about_run', 'random_images']
 
 # %% ../../nbs/production/03_formats.ipynb #2330824d
-import copy, io, sys, warnings
+import copy, io, warnings
 import torch
 import torch.nn as nn
 from contextlib import contextmanager, redirect_stdout
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from ..core import one_of, whole_file
 from .files import load, save
-from .fold import fold, is_folded
+from .fold import fold
 from ..sparsify import densify, sparse_layers
 
 # %% ../../nbs/production/03_formats.ipynb #e6b291b3

@@ -9,7 +9,7 @@ __all__ = ['Structure', 'as_int32', 'ShuffledBlocks', 'mix_bits', 'Unstructured'
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from ..core import settle_matplotlib
+from ..core import GROUPS, settle_matplotlib
 
 # %% ../../nbs/structure/01_blocks.ipynb #f142cd50
 class Structure:
@@ -344,7 +344,7 @@ def show(self:ShuffledBlocks,
     from matplotlib.colors import ListedColormap
     if axs is None: axs = plt.subplots(2, 1, figsize=(8,4), sharex=True, layout='constrained')[1]
     img,order = _group_map(self).cpu()[:,:max_cols],self.rows[self.rows>=0].long().cpu()
-    colours = ListedColormap(['#f3f3f3'] + [plt.cm.tab20(i%20) for i in range(self.n_groups)])
+    colours = ListedColormap(['white'] + [GROUPS[i%len(GROUPS)] for i in range(self.n_groups)])
     for ax,o,title in zip(axs, (img, img[order]), ('rows in their own order','rows of a group together')):
         ax.imshow(o, cmap=colours, vmin=0, vmax=self.n_groups, aspect='auto', interpolation='nearest')
         ax.set(title=title, ylabel='row', xlabel='column' if ax is axs[-1] else None)

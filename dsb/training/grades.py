@@ -9,8 +9,8 @@ __all__ = ['LOGGERS', 'tally', 'grades', 'mistakes', 'plot_confusion', 'environm
 import csv, io, platform
 import torch
 from pathlib import Path
-from ..core import one_of, processor, write_whole
-from .plot import INK, figure, plain_axes
+from ..core import INK, one_of, processor, write_whole
+from .plot import figure, plain_axes
 
 # %% ../../nbs/training/08_grades.ipynb #4f8d8c59
 def tally(

@@ -13,13 +13,12 @@ from dataclasses import asdict
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from ..core import write_whole
+from ..core import ACTIVE, DROPPED, GROWN, INK, SOFT, write_whole
 from ..sparsify import sparse_layers, summary
 from ..topology import unpack_mask
 from .config import TrainConfig
-from .folder import load_checkpoint
 from .grades import environment, mistakes, plot_confusion
-from .plot import ACTIVE, DROPPED, GROWN, INK, SOFT, plot_curves, plot_masks, read_masks
+from .plot import plot_curves, plot_masks, read_masks
 from .train import restored
 
 # %% ../../nbs/training/11_report.ipynb #a7d85f14

@@ -18,12 +18,12 @@ from statistics import mean, stdev
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from ..core import markdown_table, one_of, processor, text_table, whole_number, write_whole
+from ..core import INK, NEW, SOFT, markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..structure.methods import DENSE, METHODS, ignored, usual_alpha
 from .config import OPEN, RECIPES, TrainConfig, check_types, modern, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
-from .plot import INK, NEW, SOFT, figure, plain_axes
+from .plot import figure, plain_axes
 from .train import MAY_CHANGE, Trainer, data_shape
 from .tune import tune
 

@@ -10,7 +10,7 @@ __all__ = ['MAY_CHANGE', 'Deserted', 'join_group', 'leave_group', 'tell_failure'
 # %% ../../nbs/training/09_train.ipynb #ed8cae86
 import json, math, os, shutil, socket, sys, time, warnings, zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
