@@ -81,10 +81,17 @@ def test_source_holds_its_tests(root, tmp_path):
     code = 'from setuptools import build_meta; print(build_meta.build_sdist(".."))'
     r = subprocess.run([sys.executable,'-c',code], cwd=src, capture_output=True, text=True)
     assert r.returncode==0, r.stderr
-    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: have = {o.name.partition('/')[2] for o in t if o.isfile()}
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t:
+        have = {o.name.partition('/')[2] for o in t if o.isfile()}
+        t.extractall(tmp_path/'unpacked', filter='data')
     kept = [o for d in ('tests','nbs','dsb','.ci','.github') for o in (src/d).rglob('*')] + [*src.glob('*.*')]
     want = {o.relative_to(src).as_posix() for o in kept if o.is_file()}
     assert len(want)>100 and not want-have, sorted(want-have)[:9]
+    top, = (tmp_path/'unpacked').iterdir()
+    few = 'tests/test_sync.py', 'tests/test_papers.py', 'tests/test_density.py', 'tests/test_wheel.py::test_metadata'
+    r = subprocess.run([sys.executable,'-m','pytest','-q','-n0',*few], cwd=top, capture_output=True, text=True,
+                       env=os.environ | dict(PYTHONPATH=str(top)))
+    assert r.returncode==0 and ' passed' in r.stdout, r.stdout[-2000:]
 
 def test_version(root, installed, wheel):
     r = installed('print(dsb.__version__)')
