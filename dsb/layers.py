@@ -486,10 +486,18 @@ def _load_from_state_dict(self:SparseLayer, sd, prefix, local_metadata, strict, 
     mine = {k:sd[prefix+k] for k in (*self._buffers,'values','weight') if prefix+k in sd}
     try: new = self._checked_file(mine)
     except ValueError as e: return errors.append(f'{prefix[:-1] or "the layer"}: {e}')
+    updater = new and self.updater_ref and self.updater_ref()
+    old = _own_places(self) if updater else None
     if new: self._make_room({k:new[k] for k in new if k!='checksum'}, mine.get('values', self.values).shape)
     sd = {**sd, **{prefix+k:v for k,v in new.items()}}
     nn.Module._load_from_state_dict(self, sd, prefix, local_metadata, strict, missing, unexpected, errors)
     if new: self._is_current()
+    if updater: updater.loaded(self, old)
+
+def _own_places(layer)->Structure: # None if it is invalid
+    "The structure of a layer in tensors of its own"
+    try: return _restored_structure(layer, {k:v.clone() for k,v in layer._buffers.items() if k!='checksum'})
+    except ValueError: return None
 
 # %% ../nbs/02_layers.ipynb #b8fde4c9
 _from_dense_model = ('holds a dense weight: load it into the dense model and make that sparse, '

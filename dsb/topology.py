@@ -469,15 +469,23 @@ def _commit(self:Updater):
 def _watch_steps(self:Updater):
     "Note which of the innermost optimizers have stepped"
     me,self.stepped,self.seen_state = weakref.ref(self),set(),False
+    self.came_from,self.state_loaded = {},False           # name -> structure that the optimizer's state still has
     def stepped(opt, *_):
         if u := me(): u._note_step(opt)
+    def steps(*_):
+        if (u := me()) and u.came_from: u._settle()
+    def loaded(_):
+        if u := me(): u.state_loaded = True
     self.stepping = _stepping(self.levels, self.layers)
     self.hooks += [o.register_step_post_hook(stepped) for o in self.stepping]
+    self.hooks += [o.register_step_pre_hook(steps) for o in self.stepping]
+    self.hooks += [o.register_load_state_dict_post_hook(loaded) for o in self.stepping]
 
 @patch
 def _note_step(self:Updater, opt):
     "An optimizer has stepped"
     self.stepped.add(id(opt))
+    self.state_loaded = False
     if self._has_stepped(): self._commit()
     if not self.seen_state: _check_state(self.levels, self.layers)
     self.seen_state = True
@@ -799,6 +807,53 @@ def __repr__(self:Updater):
     how = 'nothing grows' if self.grow is None else f'{rule_name(self.rule)}, alpha={self.alpha}, grow={self.grow}'
     if self.prune_end: how += f', pruning until {self.prune_end}'
     return f'Updater({self.method}, {when}, {how}, {len(self.layers)} layers)'
+
+# %% ../nbs/04_topology.ipynb #a5268ce0
+@patch
+@torch.no_grad()
+def loaded(self:Updater,
+    layer, # one of `layers`, which was given other values and perhaps other places
+    old:Structure, # what it had; None: that was invalid
+):
+    "Follow a layer that was loaded"
+    name = next(n for n,m in self.layers.items() if m is layer)
+    self.came_from.setdefault(name, old)
+    now,begun = pack_mask(layer.structure.mask()),self.updates>0
+    self.ever[name] = self.ever[name].to(now.device)|now if begun else now
+    if name in self.before:
+        fresh = mean_square(_weights(layer))
+        self.before[name] = self._known_before(name, layer, old, fresh) if begun and old else fresh
+    if layer.collect is None: return
+    layer.collect = None
+    self._arm()
+
+@patch
+def _known_before(self:Updater, name, m, old, fresh):
+    "What columns were like when they came; those that were not there come now"
+    move,was = Move(old, m.structure),self.before[name].to(fresh.device)
+    stays = _by_column(move, torch.ones_like(was), m.block_size)>0
+    return torch.where(stays, _by_column(move, was, m.block_size), fresh)
+
+# %% ../nbs/04_topology.ipynb #e6fd9c82
+@patch
+@torch.no_grad()
+def _settle(self:Updater):
+    "Before a step: let the optimizer's state and averages go along with layers that were loaded"
+    came_from,self.came_from = self.came_from,{}
+    for n,old in came_from.items():
+        m = self.layers[n]
+        for _,_,v in () if self.state_loaded else _state(self.levels, m.values).values(): _resettle(v, old, m)
+        for o in self.followers:
+            if torch.equal(o[n].checksum.cpu(), m.checksum.cpu()): continue
+            _relay(o[n], m.structure, Move(o[n].structure, m.structure))
+            _keep_places(o[n], m.structure)
+    _check_state(self.levels, self.layers)
+
+def _resettle(v, old, m):
+    "Bring one thing that an optimizer keeps from the places `old` to those of a layer; None: nobody knows which"
+    if not isinstance(v, Tensor): return
+    if old is None and v.shape==m.values.shape: v.zero_()
+    elif old is not None and v.shape==torch.Size(old.values_shape): _refill(v, Move(old, m.structure)(v))
 
 # %% ../nbs/04_topology.ipynb #379938cc
 @patch
