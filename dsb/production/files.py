@@ -11,9 +11,8 @@ import torch
 import torch.nn as nn
 from pathlib import Path
 from ..core import is_whole, whole_file, write_whole
-from ..layers import SparseConv2d, SparseLinear
 from .fold import fold, is_folded
-from ..sparsify import sparse_layers, unwrapped
+from ..sparsify import sparse_layers, unwrapped, with_structures
 from ..structure.blocks import ShuffledBlocks, Unstructured
 
 # %% ../../nbs/production/02_files.ipynb #46a1c761
@@ -111,30 +110,24 @@ def _checked(path, header, tensors):
     return about
 
 # %% ../../nbs/production/02_files.ipynb #9d332cda
-_TWINS = {nn.Conv2d:SparseConv2d, nn.Linear:SparseLinear}
-
-def _sparse_twin(name, dense, block_size, tensors):
-    "The sparse layer in the place of a dense one, with the structure of the file"
-    if type(dense) not in _TWINS: raise ValueError(f'{name}: expected nn.Conv2d or nn.Linear in the network')
-    kind,shape = ShuffledBlocks if block_size else Unstructured,tuple(dense.weight.flatten(1).shape)
+def _structure_in(tensors, name, block_size):
+    "(O, K) -> the structure that a file has for a layer"
+    kind = ShuffledBlocks if block_size else Unstructured
     at = {k:f'{name}.{k}' if name else k for k in kind.tensors}
-    lost = [o for o in at.values() if o not in tensors]
-    if lost: raise ValueError(f'the file lacks {lost[0]}')
-    given = {k:tensors[o] for k,o in at.items()}
-    numbers = dict(block_size=block_size) if block_size else {}
-    try: s = kind(**given, **numbers, shape=shape)
-    except ValueError as e: raise ValueError(f'{name}: {shape[0]}×{shape[1]} in the network; {e}') from None
-    return _TWINS[type(dense)].from_dense(dense, s)
+    def made(shape):
+        lost = [o for o in at.values() if o not in tensors]
+        if lost: raise ValueError(f'the file lacks {lost[0]}')
+        given = {k:tensors[o] for k,o in at.items()} | (dict(block_size=block_size) if block_size else {})
+        try: return kind(**given, shape=shape)
+        except ValueError as e: raise ValueError(f'{name}: {shape[0]}×{shape[1]} in the network; {e}') from None
+    return made
 
 def _with_sparse(model, sparse, tensors):
     "Give a dense network the sparse layers of a file, in place"
-    named = dict(model.named_modules())
     for n,B in sparse.items():
-        if n not in named or not is_whole(B): raise ValueError(f'{n}: the network has no such layer')
-        twin = _sparse_twin(n, named[n], B, tensors)
-        if not n: return twin
-        setattr(model.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], twin)
-    return model
+        if not is_whole(B): raise ValueError(f'{n}: block size {B!r}')
+    attentions = [k.rpartition('.q_proj.')[0] for k in tensors if '.q_proj.' in k]
+    return with_structures(model, {n:_structure_in(tensors, n, B) for n,B in sparse.items()}, attentions)
 
 # %% ../../nbs/production/02_files.ipynb #acff189f
 def _skeleton(about, model):
