@@ -632,10 +632,21 @@ _lagging = ('the model that this one was copied from has moved weights to other 
 @patch
 def _check_copy(self:SparseLayer):
     "Raise if this copy lags behind and is not what it was; with a gradient of its own it is a model of its own"
-    mark,checksum = self.left_behind
-    same = torch.equal(mark, _fingerprint(self.values)) and torch.equal(checksum, self.checksum)
-    if not same: raise ValueError(_lagging)
+    if not self._is_as_left(): raise ValueError(_lagging)
     if self.values.requires_grad and torch.is_grad_enabled(): self._watch_own_gradient()
+
+@patch
+def _is_as_left(self:SparseLayer):
+    "Has this copy the values and places that it had when the other one moved?"
+    return all(map(torch.equal, self.left_behind, (_fingerprint(self.values), self.checksum)))
+
+@patch
+def _apply(self:SparseLayer, fn, recurse=True):
+    "To another type or device, which is no change of a copy that was left behind"
+    as_left = self.left_behind is not None and self._is_as_left()
+    nn.Module._apply(self, fn, recurse)
+    if as_left: self.__dict__['left_behind'] = _fingerprint(self.values),self.checksum.clone()
+    return self
 
 @patch
 def _watch_own_gradient(self:SparseLayer):
