@@ -218,7 +218,7 @@ def structure_of(
 # %% ../nbs/01_ops.ipynb #4edb3797
 _spoilt = ('the structure of a sparse layer was changed from outside: {}. Its tensors are places, which cannot be '
            'averaged or edited: load them from one model, use layer.set_structure, or keep a moving average in step by '
-           'follow=[model] of dsb.Updater')
+           'follow=[model] of dsb.Updater, which averages parameters alone (use_buffers=False)')
 
 def _checked_copy(tensors, block_size, shape, groups, checksum):
     "A copy of the structure; ValueError unless it keeps all rules"

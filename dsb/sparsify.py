@@ -183,10 +183,23 @@ def _rescale_fan_in(layer:SparseLayer):
 # %% ../nbs/03_sparsify.ipynb #a9b3a6c1
 def _swap(model, old:dict):
     "Replace modules everywhere in `model`: `old` maps module -> its replacement"
-    for m in list(model.modules()):
-        for k,child in m._modules.items():
-            if child in old: m._modules[k] = old[child]
+    seen = set()
+    for m in list(model.modules()) if old else ():
+        for k,v in list(vars(m).items()):
+            if (new := _in_place_of(v, old, seen)) is not v: m.__dict__[k] = new
     return old.get(model, model)
+
+def _in_place_of(v, old, seen):
+    "`v`, or its replacement; lists and dictionaries remain the same objects with other contents"
+    if isinstance(v, nn.Module): return old.get(v, v)
+    if not isinstance(v, (list, tuple, dict)) or id(v) in seen: return v
+    seen.add(id(v))
+    keys,now = (list(v), list(v.values())) if isinstance(v, dict) else (range(len(v)), list(v))
+    new = [_in_place_of(o, old, seen) for o in now]
+    if all(a is b for a,b in zip(new, now)): return v
+    if isinstance(v, tuple): return type(v)(*new) if hasattr(v, '_fields') else type(v)(new)
+    for k,o in zip(keys, new): v[k] = o
+    return v
 
 # %% ../nbs/03_sparsify.ipynb #3241d35d
 def _carry(old, new, **pairs):
