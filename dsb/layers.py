@@ -199,12 +199,17 @@ _derived = ('the weight of a sparse layer is computed from its values, so writin
             'initialise before dsb.sparsify, call layer.reset_parameters(), or write to layer.values, for example '
             'layer.values.copy_(layer.structure.gather(w))')
 
+_of_hooks = 'register_hook','register_post_accumulate_grad_hook'
+_unheard = ('a hook on the weight of a sparse layer would not be called, since the weight is made anew from its values '
+            'whenever it is read: put the hook on layer.values')
+
 class DerivedWeight(Tensor):
     "A weight to read: changing it, or a view of it, raises"
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(isinstance(o, cls) for o in _written(func, args, kwargs)): raise RuntimeError(_derived)
+        if getattr(func, '__name__', '') in _of_hooks: raise RuntimeError(_unheard)
         with torch._C.DisableTorchFunctionSubclass():
             if layer := _layer_behind(func, args, kwargs): return _multiplied(layer, *args, **kwargs)
             res = func(*args, **kwargs)
@@ -627,7 +632,7 @@ def leave_behind(self:SparseLayer,
 # %% ../nbs/02_layers.ipynb #4d3ebaad
 _lagging = ('the model that this one was copied from has moved weights to other places since, and the values here were '
             'changed all the same, as a moving average does: pass follow=[copy] to dsb.Updater, which keeps its places '
-            'in step')
+            'in step; copy.load_state_dict(copy.state_dict()) makes it a model of its own')
 
 @patch
 def _check_copy(self:SparseLayer):

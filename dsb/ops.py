@@ -530,6 +530,8 @@ def check_tensor(
     "Raise a TypeError unless it is a tensor"
     if isinstance(x, Tensor): return
     kind = f'{type(x).__module__}.{type(x).__qualname__}'.removeprefix('builtins.')
+    if kind.startswith('torch.fx'): raise TypeError('torch.fx cannot look into a sparse layer: make its type a leaf of '
+                                                    'the tracer (leaf_modules of torchvision), or dsb.densify first')
     raise TypeError(f'input of type {kind}: expected a tensor; use torch.as_tensor(...)')
 
 def _check_types(x, values):

@@ -290,6 +290,12 @@ def _types(also)->tuple:
     return also
 
 # %% ../nbs/03_sparsify.ipynb #33d673a3
+def _held_dense(reasons:dict)->str:
+    "What to add to an error about sparsities that cannot be reached"
+    if not reasons: return ''
+    name,why = next(iter(reasons.items()))
+    return f'; {name!r} has to stay dense: {why}' + (len(reasons)>1)*f', and so have {len(reasons)-1} others'
+
 class _Plan:
     "Which layers of a model may become sparse, and how many weights each gets"
     def __init__(self, model, sparsity, block_size, distribution, dense, also):
@@ -301,7 +307,8 @@ class _Plan:
         self.shapes = {n:tuple(twin_class(m, self.also).in_rows(m.weight).shape) for n,m in mods.items()}
         self.groups = {n:getattr(m,'groups',1) for n,m in mods.items()}
         kept = {*stay, *_kept(dense, mods, distribution, whole)}
-        self.budgets = budgets(self.shapes, sparsity, block_size, distribution, kept, self.groups)
+        try: self.budgets = budgets(self.shapes, sparsity, block_size, distribution, kept, self.groups)
+        except ValueError as e: raise ValueError(f'{e}{_held_dense(stay)}') from None
         self.reasons = {n:stay.get(n) or b.reason for n,b in self.budgets.items() if b.active==b.size}
 
 # %% ../nbs/03_sparsify.ipynb #d704afc2

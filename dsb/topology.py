@@ -365,10 +365,17 @@ def _take_over(self:Updater):
     self.hooks = []
     weakref.finalize(self, _let_go, [weakref.ref(m) for m in self.layers.values()], self.hooks)
 
+_other = 'another Updater has taken over this model: use that one, or make a new one'
+_copied = ('this Updater was copied or saved along with its model, and knows neither the copy nor its optimizer: make '
+           'a new one for them, and load the state_dict of the first one')
+
+@patch
+def __getstate__(self:Updater): return dict(retired=_copied)   # of a deep copy or a pickle
+
 @patch
 def _retire(self:Updater):
     "Another one has taken over"
-    self.retired = True
+    self.retired = _other
     for h in self.hooks: h.remove()
     for m in self.layers.values():
         if m.updater_ref and m.updater_ref() is self: m.__dict__['updater_ref'],m.collect = None,None
@@ -786,7 +793,7 @@ def _note_idle(self:Updater, stepped):
 @patch
 def step(self:Updater)->'Report': # or None when no update was made
     "Count a training step; update the structures if it is time. Call it after the optimizer's step"
-    if self.retired: raise ValueError('another Updater has taken over this model: use that one, or make a new one')
+    if self.retired: raise ValueError(self.retired)
     self._find_averages()
     report,stepped,due = None,self._has_stepped(),self._due()
     if due:
@@ -803,6 +810,7 @@ def step(self:Updater)->'Report': # or None when no update was made
 # %% ../nbs/04_topology.ipynb #2b058bd2
 @patch
 def __repr__(self:Updater):
+    if not hasattr(self, 'layers'): return f'Updater: {self.retired}'
     when = f't={self.t}, every {self.T} steps until {self.T_end}'
     how = 'nothing grows' if self.grow is None else f'{rule_name(self.rule)}, alpha={self.alpha}, grow={self.grow}'
     if self.prune_end: how += f', pruning until {self.prune_end}'

@@ -9,7 +9,6 @@ __all__ = ['MARGIN', 'faster_dense', 'for_inference']
 import copy
 import torch
 import torch.nn as nn
-from torch import Tensor
 from ..core import say
 from .fold import fold
 from ..sparsify import densify, sparse_layers, unwrapped
@@ -19,10 +18,12 @@ from ..training.tune import speed_up, times_in_turns
 # %% ../../nbs/production/04_serve.ipynb #e77edc05
 MARGIN = .95   # the dense way has to take less than this share of the sparse one's time
 
+def _inputs(x)->tuple: return x if isinstance(x, tuple) else (x,)
+
 @torch.no_grad()
 def faster_dense(
     model:nn.Module, # in evaluation, on a CPU
-    x:Tensor,        # a batch
+    x,               # a batch, or a tuple of inputs
     times=times_in_turns, # function of name -> function: name -> seconds
 )->dict: # name of a layer -> its dense twin
     "The sparse layers that are faster dense in the forward pass of a batch"
@@ -31,7 +32,7 @@ def faster_dense(
     def see(m, args, y):
         took = times(dict(sparse=lambda: m.forward(*args), dense=lambda: twins[m].forward(*args)))
         if took['dense']<MARGIN*took['sparse']: won[layers[m]] = twins[m]
-    with hooked(layers, see), evaluating(model): model(x)
+    with hooked(layers, see), evaluating(model): model(*_inputs(x))
     return won
 
 # %% ../../nbs/production/04_serve.ipynb #96af0945
@@ -53,16 +54,17 @@ def _ways(model, x, times):
 @torch.no_grad()
 def for_inference(
     model:nn.Module, # sparse or dense; not changed
-    x:Tensor,        # a batch like those to come
+    x,               # a batch like those to come, or a tuple of inputs
     times=times_in_turns, # function of name -> function: name -> seconds
 )->nn.Module: # a copy in evaluation mode, without gradients
     "The copy of a model that answers fastest, folded only on a GPU; the process keeps freed memory, as `tune` does"
     if any(p.device.type!='cpu' for p in model.parameters()): return fold(model)
     ways,twins = _ways(model, x, times)
-    took = times({k:lambda m=m: m(x) for k,m in ways.items()})
+    took = times({k:lambda m=m: m(*_inputs(x)) for k,m in ways.items()})
     best = min(took, key=took.get)
     n = len(sparse_layers(ways[best]))
-    say(f"dsb: for {len(x)} inputs at once {best} is fastest, {n} layers sparse" + (best!='dense')*_others(twins))
+    size,others = len(_inputs(x)[0]),(best!='dense')*_others(twins)
+    say(f"dsb: for {size} inputs at once {best} is fastest, {n} layers sparse{others}")
     return ways[best]
 
 def _others(twins): return f"; faster dense: {', '.join(twins)}" if twins else ''
