@@ -18,7 +18,7 @@ from ..sparsify import sparse_layers, summary
 from ..topology import unpack_mask
 from .config import TrainConfig
 from .grades import environment, mistakes, plot_confusion
-from .plot import plot_curves, plot_masks, read_masks
+from .plot import plot_curves, plot_masks, read_masks, was_validated
 from .train import restored
 
 # %% ../../nbs/training/11_report.ipynb #a7d85f14
@@ -234,14 +234,22 @@ def _sections(folder, ck):
     yield 'Where it was trained', where_html(folder)
     yield 'Settings', settings_html(ck['config'])
 
+def _accuracies(ck)->str:
+    "Test accuracies of the best epoch, chosen as everywhere, and of the last"
+    tested = {r['epoch']:r['test_acc'] for r in ck['history'] if r['test_acc'] is not None}
+    if not tested: return 'not tested yet'
+    epoch, last = ck['best']['epoch'], f'{list(tested.values())[-1]:.2%}'
+    if epoch not in tested: return f'test accuracy {last}'
+    by = 'validation' if was_validated(ck['history']) else 'test'
+    return f'test accuracy {tested[epoch]:.2%} in epoch {epoch}, the best by {by} accuracy, and {last} in the last'
+
 def report_text(
     folder,  # of a run
     ck:dict, # its checkpoint
 )->str: # HTML
     "A run as one page"
-    c, tested = TrainConfig(**ck['config']), [r['test_acc'] for r in ck['history'] if r['test_acc'] is not None]
-    best = f'best test accuracy {max(tested):.2%}, last {tested[-1]:.2%}' if tested else 'not tested yet'
-    said = f"{c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs; {best}"
+    c = TrainConfig(**ck['config'])
+    said = f"{c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs; {_accuracies(ck)}"
     parts = [_section(title, text) for title, text in _sections(folder, ck)]
     name = escape(str(folder))
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'

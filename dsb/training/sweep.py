@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -379,14 +380,15 @@ def _used(config):
     "What makes a difference to a run with these fields of a `TrainConfig`, whether they were told or not"
     d = _usual(config) | config
     if d['method'] not in METHODS: return d
-    pruned = (d['initial_ratio'] or METHODS[d['method']].ratio) > 1
+    d['initial_ratio'] = TrainConfig.usual_ratio.fget(SimpleNamespace(**d))
+    pruned = d['initial_ratio'] > 1
     if d['alpha'] is None: d['alpha'] = usual_alpha(d['method'], pruned, d['rule'], d['grow'])
     return {k: v for k, v in d.items() if k not in ignored(d['method'], pruned)}
 
 # %% ../../nbs/training/10_sweep.ipynb #4ef7e777
-def _agree(run, there, where, remedy):
-    "Raise if `there`, as `differs` gives it, is not the config of `run`"
-    free = {*MAY_CHANGE, *(k for k in OPEN if k != 'alpha' and getattr(run.config, k) is None)}
+def _agree(run, there, where, remedy, free=()):
+    "Raise if `there`, as `differs` gives it, is not the config of `run`, but for what is `free` and left open by it"
+    free = {*MAY_CHANGE, *(k for k in free if getattr(run.config, k) is None)}
     there, here = _used(modern(there)), _used(asdict(run.config))
     for k in sorted((here.keys() | there.keys()) - free):
         a, b = there.get(k), here.get(k)
@@ -410,7 +412,7 @@ def read(self:Sweep):
         if line and 'error' not in line:
             _agree(r, line['config'], self.out, 'give another --out, or take its line out of the file')
         elif (begun/'last.pt').exists():
-            _agree(r, differs(_config_in(begun)), begun, 'give another --out, or remove the folder')
+            _agree(r, differs(_config_in(begun)), begun, 'give another --out, or remove the folder', OPEN)
 
 # %% ../../nbs/training/10_sweep.ipynb #b886509e
 @patch
