@@ -444,7 +444,7 @@ def _plot_accuracy(ax, history):
     _plot_both(ax, history, 'acc', 100, 'lower right')
     tested = _evaluated(history)
     key, what = ('val_acc', 'test at best validation') if was_validated(history) else ('test_acc', 'best test')
-    best = max(tested, key=lambda r: r[key], default=None)
+    best = max(tested, key=lambda r: (-r.get('density', 1), r[key], -r['epoch']), default=None)   # as `best_of`
     if best: ax.plot(best['epoch'], 100*best['test_acc'], 'o', color=NEW, ms=5)
     found = f"{what} {best['test_acc']:.2%}" if best else 'not tested yet'
     plain_axes(ax, f'accuracy, %; {found}', 'epoch')
