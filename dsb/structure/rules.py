@@ -490,6 +490,7 @@ def _worth(self:ColumnRule, w):
     raise ValueError(f'rule {self.__name__}: expected its worth to be a tensor of {n} numbers, one for each active '
                      f'column, got {got}')
 
+# %% ../../nbs/structure/06_rules.ipynb #d8cf7309
 @patch
 def _ranked(self:ColumnRule, v, w):
     "A worth if it can be put in order; what has diverged is for the training loop to tell, not for a rule"

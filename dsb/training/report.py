@@ -234,6 +234,7 @@ def _sections(folder, ck):
     yield 'Where it was trained', where_html(folder)
     yield 'Settings', settings_html(ck['config'])
 
+# %% ../../nbs/training/11_report.ipynb #764fdfb7
 def _accuracies(ck)->str:
     "Test accuracies of the best epoch, chosen as everywhere, and of the last"
     tested = {r['epoch']:r['test_acc'] for r in ck['history'] if r['test_acc'] is not None}
