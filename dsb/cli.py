@@ -162,9 +162,9 @@ def _data_options():
         option('--model', f"one of {', '.join(MODELS)}, or any wrn-depth-width"),
         option('--dropout', "dropout inside the blocks of a wrn (the original has 0.3)", 'P'),
         option('--n_train', "use only N training images, of those that --n_val leaves"),
-        option('--n_val', "keep N training images apart for validation and choose the best epoch on them, not on the "
-               "test images; the last N, or N evenly spaced ones of tinyimagenet and imagenet, which are sorted by "
-               "class"),
+        option('--n_val', "keep N training images apart for validation and choose the best epoch (of those at the "
+               "final density) on them, not on the test images; the last N, or N evenly spaced ones of tinyimagenet "
+               "and imagenet, which are sorted by class"),
         option('--n_test', "use only N test images")]
 
 # %% ../nbs/06_cli.ipynb #f6c75987
@@ -180,7 +180,8 @@ def _method_options():
                f"{method_of(True, False)}, 0 {method_of(False, False)}", default=None),
         option('--static_update', "y: the structure stays as it is, which turns dsb into ssb and rigl into static",
                'y/n', default='n'),
-        option('--distribution', f"how the sparsity is shared out over the layers: {_or(CHOICES['distribution'])}"),
+        option('--distribution', f"how the sparsity is shared out over the layers: {_or(CHOICES['distribution'])}; "
+               "uniform leaves the first convolution and the last linear layer dense"),
         option('--start', "places that start active: cover (default for blocks: large weights, spread over all input "
                "channels), magnitude (default for ssb and --rule paper) or random (default without blocks)", 'HOW')]
 
@@ -191,8 +192,9 @@ def _update_options():
                "of the run if that is less"),
         option('--T_end', f"step at which updates end; default: {SETTINGS['T_end'].default} or three quarters of "
                "the run, whichever comes first"),
-        option('--initial_ratio', "weights at the start over those at the end: with 3, the default of dsb, a run "
-               "begins with three times the weights, never more than there are, and prunes the least at updates; "
+        option('--initial_ratio', "weights of the sparse layers at the start over those at the end: with 3, the "
+               "default of dsb, a run begins with three times the weights, never more than there are, and prunes the "
+               "least at updates; "
                "with 1, the default of the others and of --rule paper, their number is constant", 'R'),
         option('--prune_end', "step by which pruning is done; default: half of the run"),
         option('--alpha', "share of the active weights to exchange at the first update; falls to 0 along a cosine; "
@@ -214,7 +216,8 @@ def _training_options():
                "for BatchNorm, which normalises within a part", 'K'),
         option('--lr --learning-rate', "peak learning rate", 'LR', default={k: r.lr for k, r in RECIPES.items()}),
         option('--momentum', "momentum of SGD, first rate of AdamW", 'M'),
-        option('--weight-decay --wd', "weight decay, on active weights only", 'W',
+        option('--weight-decay --wd', "weight decay, on active weights only; with SGD also on biases and BatchNorm, as "
+               "in the original", 'W',
                default={k: r.weight_decay for k, r in RECIPES.items()}),
         option('--recipe', "cifar: the rate falls at 1/2 and 3/4 of the run; imagenet: warm-up, three falls, label "
                f"smoothing; short: {RECIPES['short'].epochs} epochs, warm-up, then a cosine; vit: AdamW, warm-up, "
@@ -385,12 +388,13 @@ def evaluated(
 )->str:         # a line or two
     "How the model of a checkpoint does on the test images"
     from dsb.training.folder import load_checkpoint, one_line
-    from dsb.training.train import Trainer
+    from dsb.training.train import Trainer, check_data
     if not given['eval']: raise ValueError("--eval names nothing: give the folder of a run, or a checkpoint in it")
     extra = [k for k in ('resume', 'out', 'logger') if given.get(k)]
     if extra: raise ValueError(f"--{extra[0]} with --eval, which trains and writes nothing: leave one of them out")
     best = Path(given['eval'])/'best.pt'
     path, ck = load_checkpoint(best if os.path.exists(best) else given['eval'])
+    check_data(ck, path)
     changes = _changes(given, path, ck, "leave the option out to evaluate")
     t = Trainer(TrainConfig(**ck['config'] | changes), verbose=False)
     with one_line(f"{path} does not fit this dsb or its data"): t.load_state(ck)
@@ -440,11 +444,15 @@ def _headline(t, kept):
     return f"{t.config.title}\n{what}, {where}, in {t.out}\n{s.computed()}{_slow(s)}"
 
 # %% ../nbs/06_cli.ipynb #0625cdf5
+def _best_words(by, pruned):
+    "What the best epoch of a run is; the epochs before the last pruning are of other networks"
+    return f"best epoch by {by} accuracy{', of those at the final density'*pruned}"
+
 def _outcome(r, out):
     "The result of a run in a line"
     val = f"validation {r['best_val_acc']:.2%}, " if 'best_val_acc' in r else ''
     by = 'validation' if val else 'test'
-    best = f"best epoch by {by} accuracy: {r['best_epoch']} ({val}test {r['best_acc']:.2%})"
+    best = f"{_best_words(by, r['initial_density'] != r['density'])}: {r['best_epoch']} ({val}test {r['best_acc']:.2%})"
     pictures = 'curves.png' if r['method'] in DENSE else 'curves.png and masks.png'
     return f"{best}, last test {r['final_acc']:.2%}, {r['seconds']:.0f} s; see {out}/{pictures}"
 
@@ -530,7 +538,7 @@ def _run_table(head, ck):
     density = f"{'density':>9}" if pruned else ''
     names = f"{'epoch':>6}{'lr':>9}{'train loss':>12}{'train acc':>11}{val}{test}{density}{'moved':>8}"
     shown = [r for r in h if r['epoch'] % every == 0 or r is h[-1] or r['epoch'] == best]
-    chosen = [f"best epoch by {by} accuracy: {best}"] if best else []
+    chosen = [f"{_best_words(by, pruned)}: {best}"] if best else []
     return '\n'.join([head, '', names, *(_run_row(r, best, pruned) for r in shown), *chosen, ''])
 
 # %% ../nbs/06_cli.ipynb #18d74e8d
@@ -698,15 +706,17 @@ def _sweep_parser():
     p.add_argument('file', metavar='FILE', help='JSON with the objects common, methods and grid, '
                    'each of options of dsb train')
     p.add_argument('--jobs', type=int, metavar='N', default=1, help='runs at once (default 1)')
-    p.add_argument('--threads', type=int, metavar='N', help='threads of each run; default: the cores over --jobs')
+    p.add_argument('--threads', type=int, metavar='N', help='threads of each run, which '
+                   'decide the last digits of its sums; default: as the runs in --out had, else the cores over --jobs')
     p.add_argument('--out', metavar='FILE', help='file of results; default FILE with the suffix .jsonl')
     p.add_argument('--only', action='append', default=[], metavar='KEY=V[,V]', help='only runs with these values, '
-                   'such as label=dsb,set or sparsity=.9; may be given several times')
+                   'such as label=dsb,set or sparsity=.9, and those that have no such setting; '
+                   'may be given several times')
     p.add_argument('--list', action='store_true', help='print the runs and how far each is, and do nothing')
     p.add_argument('--table', action='store_true', help='print the test accuracies after the last epoch of the '
                    'runs that are done, mean and 95 %% interval, and do nothing')
-    p.add_argument('--against', metavar='LABEL', help='the table, and the differences against this method, '
-                   'seed by seed')
+    p.add_argument('--against', metavar='KIND', help='the table, and the differences against this kind of '
+                   "runs, seed by seed: a label, such as dense, or a name in the table, such as 'dsb, alpha 0.1'")
     return p
 
 # %% ../nbs/06_cli.ipynb #f347841d

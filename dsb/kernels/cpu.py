@@ -82,9 +82,12 @@ cpp('weight_pairs', 'dot2', r'''
 template<int T, int NR, int PB> INL void weight_step(const bf16* x, const int* off, const float* d, long ldd, vec (*a)[NR]){
   wvec v[PB][NR];
   UNROLL for(int p=0; p<PB; p++) UNROLL for(int j=0; j<NR; j++) v[p][j] = (wvec)load(d+p*ldd+j*V);
-  UNROLL for(int k=0; k<T; k++) UNROLL for(int p=0; p<PB; p++){
-    uint32_t both; memcpy(&both, x+off[k]+2*p, 4);            // two pixels
-    UNROLL for(int j=0; j<NR; j++) a[k][j] = dot2(a[k][j], wvec{}+both, v[p][j]); } }
+  UNROLL for(int k=0; k<T; k++){
+    vec b[NR]={};                                             // every second product, for a chain half as long
+    UNROLL for(int p=0; p<PB; p++){
+      uint32_t both; memcpy(&both, x+off[k]+2*p, 4);          // two pixels
+      UNROLL for(int j=0; j<NR; j++){ vec& s = p%2 ? b[j] : a[k][j]; s = dot2(s, wvec{}+both, v[p][j]); } }
+    if(PB>1) UNROLL for(int j=0; j<NR; j++) a[k][j] += b[j]; } }
 template<int T, int NR> INL void weight_last(const bf16* x, const int* off, const float* d, vec (*a)[NR]){
   for(int k=0; k<T; k++) for(int j=0; j<NR; j++) a[k][j] = dot2(a[k][j], wvec{}+x[off[k]].bits, (wvec)load(d+j*V)); }
 template<int T, int NR> INL void weight_last(const float*, const int*, const float*, vec (*)[NR]){}
@@ -130,11 +133,11 @@ template<int P, int R> static __attribute__((noinline)) void input_rows(float* x
   UNROLL for(int r=0; r<R; r+=2) UNROLL for(int p=0; p<P; p++) d[r/2][p] = pair(row(r,p), row(r+1,p));
   for(w+=k*R; k<K; k++, w+=R){
     float* q=x+off[k];
-    vec a[P]; UNROLL for(int p=0; p<P; p++) a[p] = load(q+p*V);
+    vec a[2][P]; UNROLL for(int p=0; p<P; p++){ a[0][p] = load(q+p*V); a[1][p] = vec{}; }
     UNROLL for(int r=0; r<R; r+=2){
       uint32_t both; memcpy(&both, w+r, 4);
-      UNROLL for(int p=0; p<P; p++) a[p] = dot2(a[p], wvec{}+both, d[r/2][p]); }
-    UNROLL for(int p=0; p<P; p++) store(q+p*V, a[p]); } }
+      UNROLL for(int p=0; p<P; p++){ vec& s=a[r/2%2][p]; s = dot2(s, wvec{}+both, d[r/2][p]); } }
+    UNROLL for(int p=0; p<P; p++) store(q+p*V, a[0][p]+a[1][p]); } }
 template<int P> static void input_tile(float* x, const int* off, long k, long K, const bf16* w, const bf16* const* dy, long o, int n, int rows){
   rows==16 ? input_rows<P,16>(x, off, k, K, w, dy, o, n) : input_rows<P,8>(x, off, k, K, w, dy, o, n); }
 ''')

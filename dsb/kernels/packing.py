@@ -102,27 +102,38 @@ template<class D> INL Grid<D> planes(D* d, long plane){ return {{d, d+plane, d+2
 
 # %% ../../nbs/kernels/04_packing.ipynb #7de37d37
 cpp('lanes', 'grid segment', r'''
-template<class X, class F, class G> INL void lanes(X* x, const View& v, const std::vector<Seg>& segs, F whole, G part){
-  const int shift=__builtin_ctz(v.nb), mask=v.nb-1;
-  for(const Seg& s: segs) for(int l=0; l<s.n*v.nb; l+=V){
-    auto at = [&](int t){ return x+((l+t)&mask)*v.image+(s.src+(long)((l+t)>>shift)*v.step)*v.C; };
-    const int n=std::min<int>(V, s.n*v.nb-l);
-    if(n==V && v.nv==v.nb && v.C>=V){
-      Grid<X> g; for(int j=0; j<4; j++) g.p[j]=at(j);
-      for(int j=0; j<V/4; j++) g.far[j]=at(4*j)-at(0);
-      whole(g, s.dst+l); }
-    else { X* p[V]; for(int t=0; t<n; t++) p[t] = ((l+t)&mask)<v.nv ? at(t) : nullptr;
+template<int N=1, class X, class F, class G> INL void lanes(X* x, const View& v, const std::vector<Seg>& segs, F whole, G part){   // N vectors at a time, or one
+  const int shift=__builtin_ctz(v.nb), mask=v.nb-1; const bool full = v.nv==v.nb && v.C>=V;
+  for(const Seg& s: segs){
+    auto at = [&](int t){ return x+(t&mask)*v.image+(s.src+(long)(t>>shift)*v.step)*v.C; };
+    auto grid = [&](int l){ Grid<X> g; for(int j=0; j<4; j++) g.p[j]=at(l+j);
+      for(int j=0; j<V/4; j++) g.far[j]=at(l+4*j)-at(l);
+      return g; };
+    const int total=s.n*v.nb; int l=0;
+    if constexpr(N==2) for(; full && l+2*V<=total; l+=2*V) whole(s.dst+l, grid(l), grid(l+V));
+    for(; full && l+V<=total; l+=V) whole(s.dst+l, grid(l));
+    for(; l<total; l+=V){
+      const int n=std::min<int>(V, total-l);
+      X* p[V]; for(int t=0; t<n; t++) p[t] = ((l+t)&mask)<v.nv ? at(l+t) : nullptr;
       part(p, n, s.dst+l); } } }
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #e9b7537a
-cpp('pack_cl', 'lanes columns positive affine', r'''
+cpp('pack_cl', 'lanes words positive affine', r'''
 template<bool affine, class X, class D> static void pack_cl(const X* x, const View& v, const std::vector<Seg>& segs, D* d, long plane, const Affine* f){
-  lanes((X*)x, v, segs, [&](const Grid<X>& g, long dst){
+  auto normalised = [&](int c, vec o){ return affine ? positive(o*f->scale[c]+f->shift[c]) : o; };
+  lanes<WORDS && sizeof(X)==2 && sizeof(D)==2 ? 2 : 1>((X*)x, v, segs, [&](long dst, const Grid<X>& g, auto... more){
     for(int c0=0; c0<v.C; c0+=V){
       const int c=std::min(c0, v.C-V);                        // the last V channels may overlap those before
       const auto from=g.plus(c); const auto to=planes(d+dst+c*plane, plane);
-      columns<X>(from, [&](int i, vec o){ if(affine) o = positive(o*f->scale[c+i]+f->shift[c+i]); store(to(i), o); }); } },
+#if WORDS
+      if constexpr(sizeof...(more)==1){
+        const auto next=(more, ...).plus(c);
+        if(affine) wide_columns(from, next, [&](int i, vec a, vec b){ store_words(to(i), two_narrow(normalised(c+i, a), normalised(c+i, b))); });
+        else word_columns(from, next, [&](int i, words o){ store_words(to(i), o); });
+        continue; }
+#endif
+      columns<X>(from, [&](int i, vec o){ store(to(i), normalised(c+i, o)); }); } },
   [&](X** p, int n, long dst){ for(int c=0; c<v.C; c++) for(int t=0; t<n; t++){
     float o = p[t] ? (float)p[t][c] : 0.f;
     if(affine && p[t]){ o = o*f->scale[c]+f->shift[c]; o = o<0 ? 0 : o; }
@@ -132,11 +143,23 @@ template<class X, class D> static void pack_cl(const X* x, const View& v, const 
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #c20be74e
-cpp('unpack_cl', 'lanes transpose stream', r'''
+cpp('unpack_cl', 'lanes transpose stream words', r'''
+#if WORDS
+template<class G> INL void narrow_pixels(const float* d, long plane, G put){   // V pixels of 2V planes go to put(pixel, 2V channels)
+  vec pairs[V];
+  UNROLL for(int i=0; i<V; i++) pairs[i] = (vec)zip_words(load(d+2*i*plane), load(d+(2*i+1)*plane));
+  turn(pairs, [&](int i, vec o){ put(i, (words)o); }); }
+#endif
 template<class X> static void unpack_cl(const float* d, long plane, const View& v, const std::vector<Seg>& segs, X* x){
-  const bool far = sizeof(X)==4 && v.far && v.C%V==0 && (uintptr_t)x%(4*V)==0;
-  lanes(x, v, segs, [&](const Grid<X>& g, long dst){
-    for(int c0=0; c0<v.C; c0+=V){
+  const bool far = v.far && sizeof(X)*v.C%(4*V)==0 && (uintptr_t)x%(4*V)==0;
+  lanes(x, v, segs, [&](long dst, const Grid<X>& g){
+    int c0=0;
+#if WORDS
+    if constexpr(sizeof(X)==2) for(; c0+2*V<=v.C; c0+=2*V){
+      const auto to=g.plus(c0);
+      narrow_pixels(d+dst+c0*plane, plane, [&](int i, words o){ if(far) stream((float*)to(i), (vec)o); else store_words(to(i), o); }); }
+#endif
+    for(; c0<v.C; c0+=V){
       const int c=std::min(c0, v.C-V);
       const auto from=planes((float*)d+dst+c*plane, plane); const auto to=g.plus(c);
       if(far) transpose(from, [&](int i, vec o){ stream(to(i), o); });
@@ -144,13 +167,37 @@ template<class X> static void unpack_cl(const float* d, long plane, const View& 
   [&](X** p, int n, long dst){ for(int c=0; c<v.C; c++) for(int t=0; t<n; t++) if(p[t]) p[t][c] = d[dst+c*plane+t]; }); }
 ''')
 
+# %% ../../nbs/kernels/04_packing.ipynb #17b4e284
+cpp('delta_pixels', 'unpack_cl positive affine', r'''
+#if WORDS
+struct Halves { vec even, odd;                                // of 2V channels
+  Halves(const float* p): even(shuffle<Unzip<0>>(load(p), load(p+V))), odd(shuffle<Unzip<1>>(load(p), load(p+V))) {}
+  Halves(wvec w): even((vec)(w<<16)), odd((vec)(w&0xffff0000u)) {}
+  void store_to(float* p) const { store(p, shuffle<Zip<0>>(even, odd)); store(p+V, shuffle<Zip<1>>(even, odd)); } };
+INL vec delta_of(vec o, vec w, vec s, vec t, vec m, vec& a, vec& b){ const vec e=where_positive(w*s+t, o); a+=e; b+=e*(w-m); return e; }
+INL void delta_pixels(const float* d, long plane, const Grid<bf16>& to, long ahead, int c, int C, bool far, const Affine& f, float* sums){   // x lies `ahead` of out
+  const Halves s(f.scale+c), t(f.shift+c), m(f.mean+c); Halves a(sums+c), b(sums+C+c);
+  narrow_pixels(d, plane, [&](int i, words o){
+    wvec x; memcpy(&x, to(i)+ahead, sizeof x);
+    const Halves w(x), z((wvec)o);
+    const vec e=delta_of(z.even, w.even, s.even, t.even, m.even, a.even, b.even), u=delta_of(z.odd, w.odd, s.odd, t.odd, m.odd, a.odd, b.odd);
+    const wvec both = (wvec)e>>16 | (wvec)u;
+    if(far) stream((float*)to(i), (vec)both); else store_words(to(i), (words)both); });
+  a.store_to(sums+c); b.store_to(sums+C+c); }
+#endif
+''')
+
 # %% ../../nbs/kernels/04_packing.ipynb #a91b13b2
-cpp('unpack_delta', 'lanes transpose positive stream affine', r'''
+cpp('unpack_delta', 'lanes transpose positive stream affine delta_pixels', r'''
 template<class X> static void unpack_delta(const float* d, long plane, const View& v, const std::vector<Seg>& segs, X* out, const X* x,
                                            const Affine& f, float* sums){   // sums: of δ, then of δ(x-μ)
-  const bool far = sizeof(X)==4 && v.far && (uintptr_t)out%(4*V)==0;
-  lanes(out, v, segs, [&](const Grid<X>& g, long dst){
-    for(int c=0; c<v.C; c+=V){
+  const bool far = v.far && sizeof(X)*v.C%(4*V)==0 && (uintptr_t)out%(4*V)==0;
+  lanes(out, v, segs, [&](long dst, const Grid<X>& g){
+    int c=0;
+#if WORDS
+    if constexpr(sizeof(X)==2) for(; c+2*V<=v.C; c+=2*V) delta_pixels(d+dst+c*plane, plane, g.plus(c), x-out, c, v.C, far, f, sums);
+#endif
+    for(; c<v.C; c+=V){
       const auto from=planes((float*)d+dst+c*plane, plane); const auto to=g.plus(c);
       const vec s=load(f.scale+c), t=load(f.shift+c), m=load(f.mean+c);
       vec a=load(sums+c), b=load(sums+v.C+c);

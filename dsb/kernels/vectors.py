@@ -199,6 +199,43 @@ template<class X, class F, class G> INL void columns(F at, G put){     // the sa
     put(2*i, (vec)((wvec)o<<16)); put(2*i+1, (vec)((wvec)o&0xffff0000u)); }); }
 ''')
 
+# %% ../../nbs/kernels/03_vectors.ipynb #1faa5da1
+cpp('words', 'columns', r'''
+#if defined(__AVX512BF16__)
+#define WORDS 1
+typedef uint16_t words __attribute__((vector_size(64), may_alias));   // 32 numbers of bfloat16
+template<int first> struct Every2 { static constexpr int at(int l){ return 2*l+first; } };
+struct Zipped { static constexpr int at(int l){ return l/2+16*(l%2); } };
+template<class Pick, size_t... l> INL words picked(std::index_sequence<l...>){ return words{(uint16_t)Pick::at(l)...}; }
+template<class Pick> INL words pick(){ return picked<Pick>(std::make_index_sequence<32>()); }
+template<int first> INL words every2(vec a, vec b){ return (words)_mm512_permutex2var_epi16((__m512i)a, (__m512i)pick<Every2<first>>(), (__m512i)b); }
+INL words two_narrow(vec a, vec b){ return (words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+INL words zip_words(vec a, vec b){ return (words)_mm512_permutexvar_epi16((__m512i)pick<Zipped>(), (__m512i)two_narrow(a, b)); }
+INL void store_words(bf16* p, words v){ memcpy(p, &v, sizeof v); }
+template<int pick> INL vec quarters(vec a, vec b){ return (vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, pick); }
+template<class G> INL void turn(const vec* x, G put){          // a V×V matrix in registers; column i goes to put(i, column)
+  vec u[4][4];                                                // u[j][m]: columns m, m+4, m+8, m+12 of the rows 4j to 4j+3
+  UNROLL for(int j=0; j<4; j++){
+    const vec* r=x+4*j; const vec a=shuffle<Zip1<0>>(r[0], r[1]), b=shuffle<Zip1<1>>(r[0], r[1]), c=shuffle<Zip1<0>>(r[2], r[3]), d=shuffle<Zip1<1>>(r[2], r[3]);
+    u[j][0]=shuffle<Zip2<0>>(a, c); u[j][1]=shuffle<Zip2<1>>(a, c); u[j][2]=shuffle<Zip2<0>>(b, d); u[j][3]=shuffle<Zip2<1>>(b, d); }
+  UNROLL for(int m=0; m<4; m++){
+    const vec a=quarters<0x88>(u[0][m], u[1][m]), b=quarters<0xdd>(u[0][m], u[1][m]), c=quarters<0x88>(u[2][m], u[3][m]), d=quarters<0xdd>(u[2][m], u[3][m]);
+    put(m, quarters<0x88>(a, c)); put(m+4, quarters<0x88>(b, d)); put(m+8, quarters<0xdd>(a, c)); put(m+12, quarters<0xdd>(b, d)); } }
+template<class F, class H, class G> INL void pairs_of(F a, H b, G put){   // column pairs of the rows a(0)…a(V-1), b(0)…b(V-1)
+  vec t[V/2];
+  transpose<V/2>([&](int i){ return (const float*)a(i); }, [&](int i, vec o){ t[i] = o; });
+  transpose<V/2>([&](int i){ return (const float*)b(i); }, [&](int i, vec o){ put(i, t[i], o); }); }
+template<class F, class H, class G> INL void word_columns(F a, H b, G put){   // to put(column, 2V numbers)
+  pairs_of(a, b, [&](int i, vec p, vec q){ put(2*i, every2<0>(p, q)); put(2*i+1, every2<1>(p, q)); }); }
+template<class F, class H, class G> INL void wide_columns(F a, H b, G put){   // to put(column, V floats, V more)
+  auto upper = [](vec o){ return (vec)((wvec)o&0xffff0000u); };
+  pairs_of(a, b, [&](int i, vec p, vec q){
+    put(2*i, (vec)((wvec)p<<16), (vec)((wvec)q<<16)); put(2*i+1, upper(p), upper(q)); }); }
+#else
+#define WORDS 0
+#endif
+''')
+
 # %% ../../nbs/kernels/03_vectors.ipynb #6ecc2765
 cpp('interleave', 'shuffle', r'''
 template<int n> INL void interleave(vec* x){                  // n vectors of pixels -> the same with images innermost

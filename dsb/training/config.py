@@ -13,7 +13,8 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import is_real, is_whole, markdown_table, one_of
 from ..structure.density import DISTRIBUTIONS
-from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS, check_setting, method_of, usual_alpha
+from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS
+from ..structure.methods import check_setting, ignored, method_of, usual_alpha
 
 # %% ../../nbs/training/06_config.ipynb #ac34d57d
 def _dense_contradiction(method, sparsity, block_size, static):
@@ -351,6 +352,29 @@ def settled(self:TrainConfig,
     ratio, end = _pruning(self, T, planned)
     alpha = usual_alpha(self.method, end is not None, self.rule, self.grow) if self.alpha is None else self.alpha
     return replace(self, T=T, T_end=_end_of_updates(self, planned), alpha=alpha, initial_ratio=ratio, prune_end=end)
+
+# %% ../../nbs/training/06_config.ipynb #d28e39fe
+def _idle(c, pruned):
+    "The settings of updates that were given and make no difference"
+    names = [k for k in ignored(c.method, pruned) if k not in ('sparsity','block_size','initial_ratio')]
+    return [k for k in names if getattr(c, k) != getattr(TrainConfig, k)]
+
+@patch
+def left_out(self:TrainConfig,
+    steps_per_epoch:int, # batches of one epoch
+)->str: # a sentence, or nothing
+    "What a run of this length does not do, though it was asked for or goes with the method"
+    c,planned = self.settled(steps_per_epoch),self.epochs*steps_per_epoch
+    pruned = c.initial_ratio>1
+    end,last = ('the run ends',planned) if c.T>planned else ('updates end',c.T_end)
+    idle = _idle(self, pruned)
+    if idle: return f"{' and '.join(idle)} make{'s'*(len(idle)<2)} no difference to method {self.method}"
+    if pruned or not METHODS[self.method].grow: return ''
+    if c.T>last: return (f"the structure never changes: its first update would be at step {c.T}, and "
+                         f"{end} at step {last}; give a smaller T")
+    if self.usual_ratio==1: return ''
+    return (f"nothing is pruned: the first update, at step {c.T}, comes after half of the run; "
+            "give a smaller T or more epochs")
 
 # %% ../../nbs/training/06_config.ipynb #2e5e2b1d
 def _weights(model)->list:

@@ -339,7 +339,7 @@ def _finite(t): return torch.is_tensor(t) and (not t.is_floating_point() or bool
 
 _TENSOR = Expected('a tensor of finite numbers', _finite)
 _BYTES = Expected('a tensor of bytes', lambda t: torch.is_tensor(t) and t.dtype is torch.uint8)
-_SHARE = _real(0, 1)
+_SHARE, _FLAG = _real(0, 1), Expected('true or false', lambda v: isinstance(v, bool))
 
 # %% ../../nbs/training/07_folder.ipynb #7bc4e1f6
 _UPDATE = dict(step=_whole(), planned=_whole(), confirmed=_whole(), grown=_whole(),
@@ -353,7 +353,7 @@ _OPT = dict(state={str: {str: _or_none(_TENSOR)}}, param_groups=[dict(lr=_real(0
 
 FIELDS = dict(
     info=dict(num_classes=_whole(1), image_size=_whole(1), in_channels=_whole(1), steps_per_epoch=_whole(1),
-              world=_whole(1), n_val=_whole()),
+              world=_whole(1), n_val=_whole(), own_data=_FLAG),
     model={str: _TENSOR}, opt=_OPT, best=dict(acc=_real(-1, 1), epoch=_whole()), start={str: _BYTES}, history=[_ROW],
     rng=[[_BYTES]], step=_whole(), epoch=_whole(), batch=_whole(), seconds=_real(0), updates=[_UPDATE],
     skipped=[_whole()], times=[_real(0)],

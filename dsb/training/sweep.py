@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'FIELDS', 'check_spec', 'read_sweep', 'Run', 'make_run', 'sweep_runs', 'chosen', 'differs', 'command',
            'commit', 'movement', 'read_lines', 'append_line', 'SweepTrainer', 'make_trainer', 'came_of_it', 'made_with',
-           'work', 'Sweep', 'Worker', 'start_worker', 'line_of', 'share_of_cores', 'Cell', 'cell', 'cells', 'by_seed',
-           'paired', 'SweepTable', 'plot_accuracy', 'plot_paired']
+           'work', 'Sweep', 'Worker', 'start_worker', 'line_of', 'share_of_cores', 'Cell', 'cell', 'kind', 'kinds',
+           'cells', 'by_seed', 'paired', 'partners', 'SweepTable', 'plot_accuracy', 'plot_paired']
 
 # %% ../../nbs/training/10_sweep.ipynb #3a742d07
 import json, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from ..core import INK, NEW, SOFT, markdown_table, one_of, processor, text_table, whole_number, write_whole
+from ..sparsify import layer_budgets
 from ..structure.methods import DENSE, METHODS, ignored, usual_alpha
 from .config import OPEN, RECIPES, TrainConfig, check_types, modern, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import figure, plain_axes
-from .train import MAY_CHANGE, Trainer, data_shape
+from .train import MAY_CHANGE, Trainer, data_shape, width_of
 from .tune import tune
 
 # %% ../../nbs/training/10_sweep.ipynb #a8a0d0ee
@@ -110,6 +111,11 @@ class Run:
         return os.fsdecode(text.encode())
     def __str__(self): return ', '.join(_words(self.keys, ' '))
 
+# %% ../../nbs/training/10_sweep.ipynb #f20a65a0
+def _ratio(d):
+    "`usual_ratio` of a config with these fields"
+    return TrainConfig.usual_ratio.fget(SimpleNamespace(**d))
+
 # %% ../../nbs/training/10_sweep.ipynb #76c072ca
 def make_run(
     label:str,    # of the method
@@ -121,7 +127,7 @@ def make_run(
         values, point = modern(values), modern(point)
         check_types(values | point)
         method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
-        pruned = ((values | point).get('initial_ratio') or METHODS[method].ratio) > 1
+        pruned = _ratio(DEFAULTS | values | point) > 1
         point = {k: v for k, v in point.items() if k not in ignored(method, pruned)}
         c = TrainConfig(**values | point)
     except ValueError as e:
@@ -137,12 +143,14 @@ def _points(grid):
 
 # %% ../../nbs/training/10_sweep.ipynb #53d2a1d9
 def _check_buildable(run, built):
-    "Raise unless model and data set of a run exist and fit together; `built` remembers which did"
+    "Raise unless model and data set of a run fit together and its sparsity can be had; `built` remembers which did"
     c = run.config
-    net = c.model, c.data_set, c.dropout
+    net = c.model, c.data_set, c.dropout, c.method in DENSE, c.sparsity, c.block_size, c.distribution
     if net in built: return
     try:
-        with torch.device('meta'): create_model(c.model, dropout=c.dropout, **data_shape(c))
+        shape = data_shape(c)
+        with torch.device('meta'): model = create_model(c.model, dropout=c.dropout, width=width_of(c, shape), **shape)
+        if c.method not in DENSE: layer_budgets(model, c.sparsity, c.block_size, c.distribution)
     except ValueError as e: raise ValueError(f"{run}: {e}") from None
     built.add(net)
 
@@ -186,7 +194,7 @@ def chosen(
         one_of(key, dict.fromkeys(k for r in runs for k in r.keys), 'only: key')
         known = {str(r.keys[key]): r.keys[key] for r in runs if key in r.keys}
         keep = [_meant(v, known, key) for v in values.split(',')]
-        runs = [r for r in runs if str(r.keys.get(key)) in keep]
+        runs = [r for r in runs if key not in r.keys or str(r.keys[key]) in keep]
     return runs
 
 # %% ../../nbs/training/10_sweep.ipynb #953bbb15
@@ -380,7 +388,7 @@ def _used(config):
     "What makes a difference to a run with these fields of a `TrainConfig`, whether they were told or not"
     d = _usual(config) | config
     if d['method'] not in METHODS: return d
-    d['initial_ratio'] = TrainConfig.usual_ratio.fget(SimpleNamespace(**d))
+    d['initial_ratio'] = _ratio(d)
     pruned = d['initial_ratio'] > 1
     if d['alpha'] is None: d['alpha'] = usual_alpha(d['method'], pruned, d['rule'], d['grow'])
     return {k: v for k, v in d.items() if k not in ignored(d['method'], pruned)}
@@ -548,6 +556,15 @@ def share_of_cores(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, cores//jobs)
 
+# %% ../../nbs/training/10_sweep.ipynb #87028ead
+@patch
+def usual_threads(self:Sweep,
+    jobs:int, # processes at once
+)->int: # of each
+    "The threads of the last run in the file of results, or a share of the cores"
+    known = [l['threads'] for l in self.lines.values() if l.get('threads')]
+    return known[-1] if known else share_of_cores(jobs)
+
 # %% ../../nbs/training/10_sweep.ipynb #574d4e24
 @patch
 def _loop(self:Sweep, todo, jobs, threads, say, signals):
@@ -574,7 +591,7 @@ def _loop(self:Sweep, todo, jobs, threads, say, signals):
 @patch
 def run(self:Sweep,
     jobs:int=1,       # runs at once
-    threads:int=None, # of each; None: the cores over `jobs`
+    threads:int=None, # of each; None: `usual_threads`
     say=print,        # called with each line to print
 )->int: # runs that failed
     "Do what is not done, in order"
@@ -585,9 +602,11 @@ def run(self:Sweep,
         todo = [r for r in self.runs if self.state(r) != 'done']
         for r in self.runs:
             if r not in todo: shutil.rmtree(self.folder/r.name, ignore_errors=True)
+        threads = threads or self.usual_threads(jobs)
         for r in todo: self.lines.pop(r.id, None)     # what failed counts when it has been tried again
-        say(f"{self.path}: {len(self.runs) - len(todo)} of {len(self.runs)} runs done; results in {self.out}")
-        self._loop(todo, jobs, threads or share_of_cores(jobs), say, signals)
+        done = f"{len(self.runs) - len(todo)} of {len(self.runs)} runs done"
+        say(f"{self.path}: {done}, {threads} thread{'s'*(threads > 1)} a run; results in {self.out}")
+        self._loop(todo, jobs, threads, say, signals)
     states = [self.state(r) for r in self.runs]
     if signals.got: raise Interrupted(signals.got, f"stopped with {states.count('done')} of {len(states)} runs done; "
                                                    "the same command goes on")
@@ -617,82 +636,117 @@ def cell(
     values = list(values)
     return Cell(len(values), mean(values), stdev(values) if len(values) > 1 else math.nan)
 
+# %% ../../nbs/training/10_sweep.ipynb #7164b77e
+def kind(
+    keys:dict, # of a run
+)->str: # its label, and the further keys of the grid with their values
+    "The name of a run's kind"
+    return ', '.join(_words({k:v for k,v in keys.items() if k not in ('sparsity', 'seed')}, ' '))
+
+def kinds(
+    lines:list, # from `read_lines`
+)->dict: # name -> the keys of its runs but sparsity and seed, in the order of the lines
+    "The kinds of runs that ended well"
+    keys = [l['run'] for l in lines if 'error' not in l]
+    return {kind(ks):{k:v for k,v in ks.items() if k not in ('sparsity', 'seed')} for ks in keys}
+
 # %% ../../nbs/training/10_sweep.ipynb #1300bd94
 def cells(
-    lines:list,              # from `read_lines`
-    by=('label', 'sparsity'), # keys whose values make a cell
-    value:str='final_acc',   # number of a run's result
-)->dict: # values of the keys -> `Cell`
-    "Mean, standard deviation and number of runs of each kind"
+    lines:list,            # from `read_lines`
+    value:str='final_acc', # number of a run's result
+)->dict: # (kind, sparsity) -> `Cell`
+    "Mean, standard deviation and number of runs of each kind at each sparsity"
     found = {}
     for l in lines:
-        if 'error' not in l: found.setdefault(tuple(l['run'].get(k) for k in by), []).append(l['result'][value])
-    return {k: cell(v) for k, v in found.items()}
+        if 'error' not in l: found.setdefault((kind(l['run']), l['run']['sparsity']), []).append(l['result'][value])
+    return {k:cell(v) for k,v in found.items()}
 
 # %% ../../nbs/training/10_sweep.ipynb #1b751824
+def _of_name(lines, name):
+    "The kinds that have this name or, where there is none, this label"
+    found = kinds(lines)
+    return [name] if name in found else [k for k,keys in found.items() if keys['label'] == name]
+
 def by_seed(
     lines:list,     # from `read_lines`
-    label:str,      # of the method
+    name:str,       # of a kind, or a label of which there is one kind
     sparsity:float, # of its runs; those of a dense method count at every sparsity
     value:str='final_acc', # number of a run's result
 )->dict: # seed -> value
-    "The runs of a method at a sparsity"
-    mine = [l for l in lines if l['run']['label'] == label and 'error' not in l]
-    mine = [l for l in mine if l['run']['sparsity'] in (sparsity, 0)]
-    seeds = {l['run']['seed']: l['result'][value] for l in mine}
-    if len(seeds) == len(mine): return seeds
-    more = sorted({k for l in mine for k in l['run']} - {'label', 'sparsity', 'seed'})
-    raise ValueError(f"{label}, sparsity {sparsity}: several runs of one seed, which differ in {', '.join(more)}; "
-                     "pass the lines of one kind only")
+    "The runs of a kind at a sparsity"
+    names = _of_name(lines, name)
+    if len(names)>1:
+        raise ValueError(f"there are several kinds of {name}, expected the name of one: {'; '.join(names)}")
+    mine = [l for l in lines if 'error' not in l and kind(l['run']) in names]
+    return {l['run']['seed']:l['result'][value] for l in mine if l['run']['sparsity'] in (sparsity, 0)}
 
 # %% ../../nbs/training/10_sweep.ipynb #21bdfef4
 def paired(
     lines:list,     # from `read_lines`
-    a:str,          # label
-    b:str,          # label
+    a:str,          # a kind, see `by_seed`
+    b:str,          # a kind
     sparsity:float, # of both, or of the one that has one
     value:str='final_acc', # number of a run's result
 )->Cell: # None where they have no seed in common
     "The differences `a` - `b` between runs of the same seed"
-    x, y = (by_seed(lines, label, sparsity, value) for label in (a, b))
+    x,y = (by_seed(lines, name, sparsity, value) for name in (a, b))
     common = [s for s in x if s in y]
-    return cell(x[s] - y[s] for s in common) if common else None
+    return cell(x[s]-y[s] for s in common) if common else None
+
+# %% ../../nbs/training/10_sweep.ipynb #7f74b088
+def _fits(keys, other):
+    "Have two kinds the same value of all that both have, but the label?"
+    return all(other.get(k, v) == v for k,v in keys.items() if k != 'label')
+
+def partners(
+    lines:list,  # from `read_lines`
+    against:str, # a kind, or a label
+    names=None,  # kinds or labels, in this order; None: all others
+)->dict: # name -> (kind, the kind it is compared with)
+    "The pairs of kinds whose runs are compared"
+    found,mine = kinds(lines),_of_name(lines, against)
+    pairs = {}
+    for a in [k for name in names or found for k in _of_name(lines, name) if k not in mine]:
+        fit = [b for b in mine if b == against or _fits(found[a], found[b])]
+        for b in fit: pairs[a if len(fit)<2 else f'{a} ({b})'] = a,b
+    return pairs
 
 # %% ../../nbs/training/10_sweep.ipynb #28972b35
 def _cell_rows(head, sparsities, found):
-    "Rows of a table from label -> a `Cell` or None for each sparsity"
+    "Rows of a table from name -> a `Cell` or None for each sparsity"
     most = max((c.n for cs in found.values() for c in cs if c), default=0)
     def text(c): return '' if c is None else str(c) + f' ({c.n})'*(c.n < most)
     names = [f'{s:g}' if s else 'dense' for s in sparsities]
-    return [[head, *names], *([label, *map(text, cs)] for label, cs in found.items())]
+    return [[head, *names], *([name, *map(text, cs)] for name, cs in found.items())]
 
 # %% ../../nbs/training/10_sweep.ipynb #8371362a
 class SweepTable:
-    "Accuracy of methods by sparsity, and paired differences against one of them"
+    "Accuracy of kinds of runs by sparsity, and paired differences against one of them"
     def __init__(self,
         lines:list,       # from `read_lines`
-        against:str=None, # label; None: no differences
+        against:str=None, # kind or label, see `partners`; None: no differences
         value:str='final_acc', # number of a run's result
     ):
-        self.lines, self.against, self.value = [l for l in lines if 'error' not in l], against, value
-        self.labels = list(dict.fromkeys(l['run']['label'] for l in self.lines))
+        self.lines,self.against,self.value = [l for l in lines if 'error' not in l],against,value
+        self.kinds = kinds(self.lines)
         self.sparsities = sorted({l['run']['sparsity'] for l in self.lines})
-        if against is not None: one_of(against, self.labels, 'against')
+        labels = [keys['label'] for keys in self.kinds.values()]
+        if against is not None: one_of(against, dict.fromkeys([*labels, *self.kinds]), 'against')
 
 # %% ../../nbs/training/10_sweep.ipynb #b72ae4d9
 @patch
 def rows(self:SweepTable)->list: # of lists of strings, the head first
     "The accuracies"
-    found = cells(self.lines, value=self.value)
-    by_label = {l: [found.get((l, s)) for s in self.sparsities] for l in self.labels}
-    return _cell_rows('accuracy, %', self.sparsities, by_label)
+    found = cells(self.lines, self.value)
+    of_kind = {k:[found.get((k, s)) for s in self.sparsities] for k in self.kinds}
+    return _cell_rows('accuracy, %', self.sparsities, of_kind)
 
 # %% ../../nbs/training/10_sweep.ipynb #c3bb53a6
 @patch
 def differences(self:SweepTable)->list: # of lists of strings, the head first
     "The paired differences, in points"
-    at, others = [s for s in self.sparsities if s] or self.sparsities, [l for l in self.labels if l != self.against]
-    found = {l: [paired(self.lines, l, self.against, s, self.value) for s in at] for l in others}
+    at,pairs = [s for s in self.sparsities if s] or self.sparsities,partners(self.lines, self.against)
+    found = {name:[paired(self.lines, a, b, s, self.value) for s in at] for name,(a,b) in pairs.items()}
     return _cell_rows(f'minus {self.against}', at, found)
 
 # %% ../../nbs/training/10_sweep.ipynb #23651d68
@@ -718,7 +772,7 @@ def __repr__(self:SweepTable): return _page(map(text_table, self._both()), self.
 # %% ../../nbs/training/10_sweep.ipynb #8fba9b51
 @patch
 def table(self:Sweep,
-    against:str=None, # label; None: no differences
+    against:str=None, # kind or label, see `partners`; None: no differences
 )->SweepTable:
     "What the runs that are done say together"
     lines = [self.lines[r.id] for r in self.runs if self.state(r) == 'done']
@@ -751,20 +805,20 @@ def _draw_band(ax, c, label, color, n):
 # %% ../../nbs/training/10_sweep.ipynb #03bc6184
 def plot_accuracy(
     lines:list,      # from `read_lines`
-    labels=None,     # methods to draw, in this order; None: all
+    names=None,      # kinds or labels to draw, in this order; None: all
     value:str='final_acc', # number of a run's result
 ):
-    "Accuracy of each method over sparsity, with 95 % intervals; a dense method is a band"
+    "Accuracy of each kind of runs over sparsity, with 95 % intervals; one without sparsity is a band"
     t, fig = SweepTable(lines, value=value), figure(8, 3.8)
     ax = plain_axes(fig.subplots(), '', 'sparsity', 'test accuracy, %')
-    found, at = cells(t.lines, value=value), [s for s in t.sparsities if s]
-    labels = list(labels or t.labels)
-    sparse, looks = [l for l in labels if (l, 0) not in found], _looks(labels)
-    for l in labels:
-        if l in sparse:
-            shift = .4*((sparse.index(l) + .5)/len(sparse) - .5)
-            _draw_method(ax, [found.get((l, s)) for s in at], l, *looks[l], shift)
-        else: _draw_band(ax, found[l, 0], l, looks[l][0], len(at))
+    found, at = cells(t.lines, value), [s for s in t.sparsities if s]
+    drawn = [k for name in names or t.kinds for k in _of_name(t.lines, name)]
+    sparse, looks = [k for k in drawn if (k, 0) not in found], _looks(drawn)
+    for k in drawn:
+        if k in sparse:
+            shift = .4*((sparse.index(k) + .5)/len(sparse) - .5)
+            _draw_method(ax, [found.get((k, s)) for s in at], k, *looks[k], shift)
+        else: _draw_band(ax, found[k, 0], k, looks[k][0], len(at))
     ax.set_xticks(range(len(at)), [f'{s:g}' for s in at])
     fig.legend(loc='outside right center', fontsize=8, frameon=False)
     return fig
@@ -781,27 +835,26 @@ def _draw_pair(ax, y, mine, other, c):
 # %% ../../nbs/training/10_sweep.ipynb #2813ef46
 def plot_paired(
     lines:list,      # from `read_lines`
-    against:str,     # label
-    labels=None,     # methods to draw, from top to bottom; None: all others
+    against:str,     # kind or label, see `partners`
+    names=None,      # kinds or labels to draw, from top to bottom; None: all others
     margins=(),      # differences of accuracy to mark, such as -.005
     value:str='final_acc', # number of a run's result
 ):
-    "Paired differences against a method, with 95 % intervals"
-    t = SweepTable(lines, against, value)
-    labels, at = [l for l in labels or t.labels if l != against], [s for s in t.sparsities if s] or t.sparsities
-    fig = figure(max(4, 1.2 + 2.6*len(at)), 1.1 + .3*len(labels))
+    "Paired differences against a kind of runs, with 95 % intervals"
+    t, pairs = SweepTable(lines, against, value), partners(lines, against, names)
+    at = [s for s in t.sparsities if s] or t.sparsities
+    fig = figure(max(4, 1.2 + 2.6*len(at)), 1.1 + .3*len(pairs))
     axs = fig.subplots(1, len(at), sharey=True, sharex=True, squeeze=False)[0]
-    for ax, s in zip(axs, at): _draw_panel(ax, t, s, labels, margins)
-    axs[0].set_yticks(range(len(labels)), labels)
-    axs[0].set_ylim(len(labels) - .4, -.6)
+    for ax, s in zip(axs, at): _draw_panel(ax, t, s, pairs, margins)
+    axs[0].set_yticks(range(len(pairs)), list(pairs))
+    axs[0].set_ylim(len(pairs) - .4, -.6)
     return fig
 
 # %% ../../nbs/training/10_sweep.ipynb #278de6d0
-def _draw_panel(ax, t, s, labels, margins):
+def _draw_panel(ax, t, s, pairs, margins):
     "One sparsity of `plot_paired`"
     plain_axes(ax, f'sparsity {s:g}' if s else '', f'minus {t.against}, points')
     ax.axvline(0, color=INK, lw=.8)
     for m in margins: ax.axvline(100*m, color=NEW, lw=.8, ls='--')
-    other = by_seed(t.lines, t.against, s, t.value)
-    for y, l in enumerate(labels):
-        _draw_pair(ax, y, by_seed(t.lines, l, s, t.value), other, paired(t.lines, l, t.against, s, t.value))
+    for y, pair in enumerate(pairs.values()):
+        _draw_pair(ax, y, *(by_seed(t.lines, k, s, t.value) for k in pair), paired(t.lines, *pair, s, t.value))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'Deserted', 'join_group', 'leave_group', 'tell_failure', 'pick_device', 'structure_checksum',
            'data_shape', 'width_of', 'build_model', 'Trainer', 'compiled_so_far', 'state_bytes', 'mean_density',
-           'draw_run', 'saved_shape', 'restored']
+           'draw_run', 'check_data', 'saved_shape', 'restored']
 
 # %% ../../nbs/training/09_train.ipynb #ed8cae86
 import json, math, os, shutil, socket, sys, time, warnings, zlib
@@ -210,7 +210,7 @@ class Trainer:
         self.claim = Claim(self.out, resume, another) if self.out is not None and self.rank == 0 else None
         with holding(self.claim):
             if self.out is not None and another: self._same_folder()
-            with self._from_outside(): self._prepare(data)
+            with self._from_outside(): self._prepare(data, resume)
 
 # %% ../../nbs/training/09_train.ipynb #c8f0b16d
 @patch
@@ -221,11 +221,12 @@ def _same_folder(self:Trainer):
 
 # %% ../../nbs/training/09_train.ipynb #6343d9ff
 @patch
-def _prepare(self:Trainer, data):
+def _prepare(self:Trainer, data, resume):
     "Data, model, optimizer, updater, counters"
-    d = data or self._load_data()
+    self.own_data, d = data is not None, self._load_data() if data is None else data
     self.data, self.steps_per_epoch, self.n_val = d, d.steps_per_epoch, getattr(d, 'n_val', 0)
     self.shape = dict(num_classes=d.num_classes, image_size=d.image_size, in_channels=d.channels)
+    self.left_out = '' if resume else self.config.left_out(d.steps_per_epoch)   # once settled, all seems given
     self.config = self.config.settled(d.steps_per_epoch)
     self._build()
     self._begin()
@@ -415,7 +416,8 @@ def _repr_markdown_(self:Trainer):
 # %% ../../nbs/training/09_train.ipynb #0ae67fdb
 @patch
 def _info(self:Trainer):
-    return dict(self.shape, steps_per_epoch=self.steps_per_epoch, world=self.world, n_val=self.n_val)
+    return dict(self.shape, steps_per_epoch=self.steps_per_epoch, world=self.world, n_val=self.n_val,
+                own_data=self.own_data)
 
 @patch
 def _all_random_states(self:Trainer):
@@ -961,6 +963,7 @@ def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion 
                 write_whole(self.out/'config.json', json.dumps(asdict(self.config), indent=1) + '\n')
                 self._write_metrics()
                 self._note()
+        if self.verbose and self.left_out and not first: self._tell(self.left_out)
         self._epochs()
         return self.finish()
 
@@ -974,20 +977,35 @@ def _other_number(self:Trainer, before:int)->str:
     n = f"{self.world} process{'es'*(self.world > 1)}"
     return f"{n} instead of {before}: the same images in the same steps, but not the same bits, since {', '.join(why)}"
 
+# %% ../../nbs/training/09_train.ipynb #e446c91b
+def check_data(
+    ck:dict,   # a checkpoint
+    path,      # its file, for the message
+    data=None, # what the run is to go on with
+):
+    "Raise unless a run that was made with `data` has it again, and another one has what its config names"
+    own, name = ck['info']['own_data'], ck['config']['data_set']
+    if own == (data is not None): return
+    if own: raise ValueError(f"{path}: this run has data of its own, which no name stands for: go on with it "
+                             "in Python, with Trainer.resume(path, data=...)")
+    raise ValueError(f"{path}: this run is of {name}, not of data of its own: leave data out")
+
 # %% ../../nbs/training/09_train.ipynb #41bd186a
 @patch(cls_method=True)
 def resume(cls:Trainer,
     path,              # `last.pt` or `best.pt` of a run, or the run's folder
     out=None,          # folder to go on in; None: the checkpoint's own
     verbose:bool=True, # print a line an epoch?
+    data=None,         # the run's own data, where it was made with `data`
     **changes          # new values for fields of `MAY_CHANGE`
 )->Trainer: # ready to `fit`
     "The run of a checkpoint, where it stood"
     path, ck = load_checkpoint(path)
+    check_data(ck, path, data)
     for k in changes: one_of(k, MAY_CHANGE, 'option to change on resuming')
     out = Path(out or path.parent)
     same = out.resolve() == path.parent.resolve()
-    self = cls(TrainConfig(**ck['config'] | changes), out, verbose=verbose, resume=same)
+    self = cls(TrainConfig(**ck['config'] | changes), out, data, verbose, resume=same)
     self.intact = path.name == 'last.pt'
     with holding(self.claim):
         with one_line(f"{path} does not fit this dsb or its data"): self._put(ck)
