@@ -325,6 +325,8 @@ def default_out(
     c, usual = config, type(config)
     parts = [(c.data_set, True), (c.model, True), (c.method, True), (f's{c.sparsity:g}', c.method != 'dense'),
              (f'b{c.block_size}', c.block_size > 0), (c.rule, c.rule not in (None, DEFAULT_RULE)),
+             (f'from{c.initial_ratio or 1:g}x', c.initial_ratio is not None),
+             (f'alpha{c.alpha or 0:g}', c.alpha is not None),
              (f'lr{c.lr:g}', c.lr != RECIPES[c.recipe].lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
     return under/'-'.join(text for text, told in parts if told)
 

@@ -102,9 +102,11 @@ def whole_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}')
     with open(tmp, 'xb') as f:
+        mode = os.fstat(f.fileno()).st_mode & 0o777
         try:
             try_lock(f.fileno())
             yield tmp
+            os.chmod(tmp, mode)             # of a writer that puts a private file of its own there
             _to_disk(tmp)
             if os.name == 'nt': f.close()   # Windows moves no open file
             os.replace(tmp, path)

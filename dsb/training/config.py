@@ -261,7 +261,8 @@ def title(self:TrainConfig)->str:
         return f"{self.model} on {self.data_set}: dense{narrow}"
     how = f"blocks of {self.block_size}" if self.block_size else 'unstructured'
     if self.rule: how += f", rule {self.rule}"
-    if (self.initial_ratio or 1) > 1: how += f", pruned from {self.initial_ratio:g} times as many"
+    most = min(self.initial_ratio or 1, 1/(1-self.sparsity))   # a network has no more weights than it has places
+    if most > 1: how += f", pruned from {most:g} times as many"
     return f"{self.model} on {self.data_set}: {self.method}, sparsity {self.sparsity:g}, {how}, {self.distribution}"
 
 # %% ../../nbs/training/06_config.ipynb #507388b7
