@@ -360,11 +360,11 @@ def _sparse_twin(m, b, block_size, start, generator, init, also=(), first=None):
 # %% ../nbs/03_sparsify.ipynb #3439dacf
 def layer_budgets(
     model:nn.Module,     # as for `sparsify`; left as it is
-    sparsity:float=.9,   # as there, and so are the others
-    block_size:int=16,
-    distribution='erk',
-    dense=None,
-    also=(),
+    sparsity:float=.9,   # as there
+    block_size:int=16,   # as there
+    distribution='erk',  # as there
+    dense=None,          # as there
+    also=(),             # as there
 )->dict: # name of a layer -> its `Budget`
     "What `sparsify` would give each layer; ValueError where the sparsity cannot be had"
     return _Plan(model, sparsity, block_size, distribution, dense, also).budgets

@@ -15,7 +15,7 @@ from torch import nn
 import dsb
 from hostile import FAMILIES
 
-HOW_MANY = dict(inputs=400, parameters=200, structures=400, builds=300, fused=150, settings=22, transforms=100)
+HOW_MANY = dict(inputs=200, parameters=100, structures=200, builds=150, fused=80, settings=22, transforms=60)
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_family(family, root):
