@@ -12,12 +12,3 @@ settings.load_profile('dsb')
 def root():
     "The checkout"
     return Path(__file__).resolve().parent.parent
-
-LONG = 'notebooks', 'hostile', 'cpu_kernels', 'processes', 'faults', 'site', 'cli', 'topology', 'updates'
-
-def pytest_collection_modifyitems(items):
-    "Files that take long come first, so that at the end no process is left alone with one of them"
-    def place(o):
-        name = o.path.stem.removeprefix('test_')
-        return LONG.index(name) if name in LONG else len(LONG)
-    items.sort(key=place)

@@ -91,7 +91,7 @@ def layers(draw):
                 density=draw(st.sampled_from([.05,.2,.5,1.])), seed=draw(st.integers(0,10**6)), cl=draw(st.booleans()), dy_cl=draw(st.booleans()),
                 bias=draw(st.booleans()), empty=draw(st.booleans()), need=draw(st.sampled_from([(True,True),(True,True),(True,False),(False,True)])), half=draw(st.sampled_from(HALVES)), rows=draw(st.booleans()))
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 @given(layers())
 def test_fuzz(layer):
     assume(layer['N']*layer['C']*layer['H']*layer['W']<2e5)
