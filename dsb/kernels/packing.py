@@ -143,8 +143,9 @@ template<class X, class D> static void pack_cl(const X* x, const View& v, const 
 ''')
 
 # %% ../../nbs/kernels/04_packing.ipynb #c20be74e
-cpp('unpack_cl', 'lanes transpose stream words', r'''
+cpp('unpack_cl', 'lanes transpose stream turn', r'''
 #if WORDS
+INL void put_words(bf16* p, words v, bool far){ if(far) stream((float*)p, (vec)v); else store_words(p, v); }
 template<class G> INL void narrow_pixels(const float* d, long plane, G put){   // V pixels of 2V planes go to put(pixel, 2V channels)
   vec pairs[V];
   UNROLL for(int i=0; i<V; i++) pairs[i] = (vec)zip_words(load(d+2*i*plane), load(d+(2*i+1)*plane));
@@ -157,7 +158,7 @@ template<class X> static void unpack_cl(const float* d, long plane, const View& 
 #if WORDS
     if constexpr(sizeof(X)==2) for(; c0+2*V<=v.C; c0+=2*V){
       const auto to=g.plus(c0);
-      narrow_pixels(d+dst+c0*plane, plane, [&](int i, words o){ if(far) stream((float*)to(i), (vec)o); else store_words(to(i), o); }); }
+      narrow_pixels(d+dst+c0*plane, plane, [&](int i, words o){ put_words(to(i), o, far); }); }
 #endif
     for(; c0<v.C; c0+=V){
       const int c=std::min(c0, v.C-V);
@@ -172,7 +173,7 @@ cpp('delta_pixels', 'unpack_cl positive affine', r'''
 #if WORDS
 struct Halves { vec even, odd;                                // of 2V channels
   Halves(const float* p): even(shuffle<Unzip<0>>(load(p), load(p+V))), odd(shuffle<Unzip<1>>(load(p), load(p+V))) {}
-  Halves(wvec w): even((vec)(w<<16)), odd((vec)(w&0xffff0000u)) {}
+  Halves(wvec w): even(lower(w)), odd(upper(w)) {}
   void store_to(float* p) const { store(p, shuffle<Zip<0>>(even, odd)); store(p+V, shuffle<Zip<1>>(even, odd)); } };
 INL vec delta_of(vec o, vec w, vec s, vec t, vec m, vec& a, vec& b){ const vec e=where_positive(w*s+t, o); a+=e; b+=e*(w-m); return e; }
 INL void delta_pixels(const float* d, long plane, const Grid<bf16>& to, long ahead, int c, int C, bool far, const Affine& f, float* sums){   // x lies `ahead` of out
@@ -181,8 +182,7 @@ INL void delta_pixels(const float* d, long plane, const Grid<bf16>& to, long ahe
     wvec x; memcpy(&x, to(i)+ahead, sizeof x);
     const Halves w(x), z((wvec)o);
     const vec e=delta_of(z.even, w.even, s.even, t.even, m.even, a.even, b.even), u=delta_of(z.odd, w.odd, s.odd, t.odd, m.odd, a.odd, b.odd);
-    const wvec both = (wvec)e>>16 | (wvec)u;
-    if(far) stream((float*)to(i), (vec)both); else store_words(to(i), (words)both); });
+    put_words(to(i), (words)((wvec)e>>16 | (wvec)u), far); });
   a.store_to(sums+c); b.store_to(sums+C+c); }
 #endif
 ''')

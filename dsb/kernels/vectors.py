@@ -66,7 +66,9 @@ INL wvec extend(hvec h){                                      // the same bits, 
   return __builtin_convertvector(h, wvec);
 #endif
 }
-INL vec widen(hvec h){ return (vec)(extend(h)<<16); }
+INL vec lower(wvec w){ return (vec)(w<<16); }                 // of a pair, as a float
+INL vec upper(wvec w){ return (vec)(w&0xffff0000u); }
+INL vec widen(hvec h){ return lower(extend(h)); }
 INL hvec narrow(vec v){
 #if defined(__AVX512BF16__)
   return (hvec)_mm512_cvtneps_pbh((__m512)v);
@@ -196,7 +198,7 @@ template<class X, class F, class G> INL void columns(F at, G put){     // the sa
     UNROLL for(int i=0; i<V; i++) store(b+i*V, load(at(i)));
     transpose([&](int i){ return b+i*V; }, put); }
   else transpose<V/2>([&](int i){ return (const float*)at(i); }, [&](int i, vec o){
-    put(2*i, (vec)((wvec)o<<16)); put(2*i+1, (vec)((wvec)o&0xffff0000u)); }); }
+    put(2*i, lower((wvec)o)); put(2*i+1, upper((wvec)o)); }); }
 ''')
 
 # %% ../../nbs/kernels/03_vectors.ipynb #1faa5da1
@@ -212,6 +214,23 @@ template<int first> INL words every2(vec a, vec b){ return (words)_mm512_permute
 INL words two_narrow(vec a, vec b){ return (words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
 INL words zip_words(vec a, vec b){ return (words)_mm512_permutexvar_epi16((__m512i)pick<Zipped>(), (__m512i)two_narrow(a, b)); }
 INL void store_words(bf16* p, words v){ memcpy(p, &v, sizeof v); }
+template<class F, class H, class G> INL void pairs_of(F a, H b, G put){   // column pairs of the rows a(0)…a(V-1), b(0)…b(V-1)
+  vec t[V/2];
+  transpose<V/2>([&](int i){ return (const float*)a(i); }, [&](int i, vec o){ t[i] = o; });
+  transpose<V/2>([&](int i){ return (const float*)b(i); }, [&](int i, vec o){ put(i, t[i], o); }); }
+template<class F, class H, class G> INL void word_columns(F a, H b, G put){   // to put(column, 2V numbers)
+  pairs_of(a, b, [&](int i, vec p, vec q){ put(2*i, every2<0>(p, q)); put(2*i+1, every2<1>(p, q)); }); }
+template<class F, class H, class G> INL void wide_columns(F a, H b, G put){   // to put(column, V floats, V more)
+  pairs_of(a, b, [&](int i, vec p, vec q){
+    put(2*i, lower((wvec)p), lower((wvec)q)); put(2*i+1, upper((wvec)p), upper((wvec)q)); }); }
+#else
+#define WORDS 0
+#endif
+''')
+
+# %% ../../nbs/kernels/03_vectors.ipynb #2d29cd2a
+cpp('turn', 'words shuffle', r'''
+#if WORDS
 template<int pick> INL vec quarters(vec a, vec b){ return (vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, pick); }
 template<class G> INL void turn(const vec* x, G put){          // a V×V matrix in registers; column i goes to put(i, column)
   vec u[4][4];                                                // u[j][m]: columns m, m+4, m+8, m+12 of the rows 4j to 4j+3
@@ -221,18 +240,6 @@ template<class G> INL void turn(const vec* x, G put){          // a V×V matrix 
   UNROLL for(int m=0; m<4; m++){
     const vec a=quarters<0x88>(u[0][m], u[1][m]), b=quarters<0xdd>(u[0][m], u[1][m]), c=quarters<0x88>(u[2][m], u[3][m]), d=quarters<0xdd>(u[2][m], u[3][m]);
     put(m, quarters<0x88>(a, c)); put(m+4, quarters<0x88>(b, d)); put(m+8, quarters<0xdd>(a, c)); put(m+12, quarters<0xdd>(b, d)); } }
-template<class F, class H, class G> INL void pairs_of(F a, H b, G put){   // column pairs of the rows a(0)…a(V-1), b(0)…b(V-1)
-  vec t[V/2];
-  transpose<V/2>([&](int i){ return (const float*)a(i); }, [&](int i, vec o){ t[i] = o; });
-  transpose<V/2>([&](int i){ return (const float*)b(i); }, [&](int i, vec o){ put(i, t[i], o); }); }
-template<class F, class H, class G> INL void word_columns(F a, H b, G put){   // to put(column, 2V numbers)
-  pairs_of(a, b, [&](int i, vec p, vec q){ put(2*i, every2<0>(p, q)); put(2*i+1, every2<1>(p, q)); }); }
-template<class F, class H, class G> INL void wide_columns(F a, H b, G put){   // to put(column, V floats, V more)
-  auto upper = [](vec o){ return (vec)((wvec)o&0xffff0000u); };
-  pairs_of(a, b, [&](int i, vec p, vec q){
-    put(2*i, (vec)((wvec)p<<16), (vec)((wvec)q<<16)); put(2*i+1, upper(p), upper(q)); }); }
-#else
-#define WORDS 0
 #endif
 ''')
 

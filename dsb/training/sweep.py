@@ -97,6 +97,10 @@ def _words(keys, between):
     label, *others = keys.items()
     return [str(label[1])] + [f'{k}{between}{v}' for k, v in others]
 
+def _of_kind(keys):
+    "What of a run's keys makes its kind: all but sparsity and seed"
+    return {k: v for k, v in keys.items() if k not in ('sparsity', 'seed')}
+
 # %% ../../nbs/training/10_sweep.ipynb #26666b3c
 @dataclass
 class Run:
@@ -132,8 +136,7 @@ def make_run(
         c = TrainConfig(**values | point)
     except ValueError as e:
         raise ValueError(f"{', '.join(_words(dict(label=label) | point, ' '))}: {e}") from None
-    more = {k: v for k, v in point.items() if k not in ('sparsity', 'seed')}
-    return Run(dict(label=label, sparsity=c.sparsity, seed=c.seed) | more, c)
+    return Run(dict(label=label, sparsity=c.sparsity, seed=c.seed) | _of_kind(point), c)
 
 # %% ../../nbs/training/10_sweep.ipynb #fc47d948
 def _points(grid):
@@ -641,14 +644,13 @@ def kind(
     keys:dict, # of a run
 )->str: # its label, and the further keys of the grid with their values
     "The name of a run's kind"
-    return ', '.join(_words({k:v for k,v in keys.items() if k not in ('sparsity', 'seed')}, ' '))
+    return ', '.join(_words(_of_kind(keys), ' '))
 
 def kinds(
     lines:list, # from `read_lines`
 )->dict: # name -> the keys of its runs but sparsity and seed, in the order of the lines
     "The kinds of runs that ended well"
-    keys = [l['run'] for l in lines if 'error' not in l]
-    return {kind(ks):{k:v for k,v in ks.items() if k not in ('sparsity', 'seed')} for ks in keys}
+    return {kind(l['run']): _of_kind(l['run']) for l in lines if 'error' not in l}
 
 # %% ../../nbs/training/10_sweep.ipynb #1300bd94
 def cells(
@@ -659,13 +661,13 @@ def cells(
     found = {}
     for l in lines:
         if 'error' not in l: found.setdefault((kind(l['run']), l['run']['sparsity']), []).append(l['result'][value])
-    return {k:cell(v) for k,v in found.items()}
+    return {k: cell(v) for k, v in found.items()}
 
 # %% ../../nbs/training/10_sweep.ipynb #1b751824
 def _of_name(lines, name):
     "The kinds that have this name or, where there is none, this label"
     found = kinds(lines)
-    return [name] if name in found else [k for k,keys in found.items() if keys['label'] == name]
+    return [name] if name in found else [k for k, keys in found.items() if keys['label'] == name]
 
 def by_seed(
     lines:list,     # from `read_lines`
@@ -675,10 +677,13 @@ def by_seed(
 )->dict: # seed -> value
     "The runs of a kind at a sparsity"
     names = _of_name(lines, name)
-    if len(names)>1:
+    if len(names) > 1:
         raise ValueError(f"there are several kinds of {name}, expected the name of one: {'; '.join(names)}")
     mine = [l for l in lines if 'error' not in l and kind(l['run']) in names]
-    return {l['run']['seed']:l['result'][value] for l in mine if l['run']['sparsity'] in (sparsity, 0)}
+    mine = [l for l in mine if l['run']['sparsity'] in (sparsity, 0)]
+    seeds = {l['run']['seed']: l['result'][value] for l in mine}
+    if len(seeds) == len(mine): return seeds
+    raise ValueError(f"{name}, sparsity {sparsity}: several runs of one seed; pass the lines of one sweep only")
 
 # %% ../../nbs/training/10_sweep.ipynb #21bdfef4
 def paired(
@@ -689,14 +694,14 @@ def paired(
     value:str='final_acc', # number of a run's result
 )->Cell: # None where they have no seed in common
     "The differences `a` - `b` between runs of the same seed"
-    x,y = (by_seed(lines, name, sparsity, value) for name in (a, b))
+    x, y = (by_seed(lines, name, sparsity, value) for name in (a, b))
     common = [s for s in x if s in y]
-    return cell(x[s]-y[s] for s in common) if common else None
+    return cell(x[s] - y[s] for s in common) if common else None
 
 # %% ../../nbs/training/10_sweep.ipynb #7f74b088
 def _fits(keys, other):
     "Have two kinds the same value of all that both have, but the label?"
-    return all(other.get(k, v) == v for k,v in keys.items() if k != 'label')
+    return all(other.get(k, v) == v for k, v in keys.items() if k != 'label')
 
 def partners(
     lines:list,  # from `read_lines`
@@ -704,11 +709,10 @@ def partners(
     names=None,  # kinds or labels, in this order; None: all others
 )->dict: # name -> (kind, the kind it is compared with)
     "The pairs of kinds whose runs are compared"
-    found,mine = kinds(lines),_of_name(lines, against)
-    pairs = {}
+    found, mine, pairs = kinds(lines), _of_name(lines, against), {}
     for a in [k for name in names or found for k in _of_name(lines, name) if k not in mine]:
         fit = [b for b in mine if b == against or _fits(found[a], found[b])]
-        for b in fit: pairs[a if len(fit)<2 else f'{a} ({b})'] = a,b
+        for b in fit: pairs[a if len(fit) < 2 else f'{a} ({b})'] = a, b
     return pairs
 
 # %% ../../nbs/training/10_sweep.ipynb #28972b35
@@ -727,7 +731,7 @@ class SweepTable:
         against:str=None, # kind or label, see `partners`; None: no differences
         value:str='final_acc', # number of a run's result
     ):
-        self.lines,self.against,self.value = [l for l in lines if 'error' not in l],against,value
+        self.lines, self.against, self.value = [l for l in lines if 'error' not in l], against, value
         self.kinds = kinds(self.lines)
         self.sparsities = sorted({l['run']['sparsity'] for l in self.lines})
         labels = [keys['label'] for keys in self.kinds.values()]
@@ -738,15 +742,15 @@ class SweepTable:
 def rows(self:SweepTable)->list: # of lists of strings, the head first
     "The accuracies"
     found = cells(self.lines, self.value)
-    of_kind = {k:[found.get((k, s)) for s in self.sparsities] for k in self.kinds}
+    of_kind = {k: [found.get((k, s)) for s in self.sparsities] for k in self.kinds}
     return _cell_rows('accuracy, %', self.sparsities, of_kind)
 
 # %% ../../nbs/training/10_sweep.ipynb #c3bb53a6
 @patch
 def differences(self:SweepTable)->list: # of lists of strings, the head first
     "The paired differences, in points"
-    at,pairs = [s for s in self.sparsities if s] or self.sparsities,partners(self.lines, self.against)
-    found = {name:[paired(self.lines, a, b, s, self.value) for s in at] for name,(a,b) in pairs.items()}
+    at, pairs = [s for s in self.sparsities if s] or self.sparsities, partners(self.lines, self.against)
+    found = {name: [paired(self.lines, *pair, s, self.value) for s in at] for name, pair in pairs.items()}
     return _cell_rows(f'minus {self.against}', at, found)
 
 # %% ../../nbs/training/10_sweep.ipynb #23651d68
