@@ -466,8 +466,9 @@ _MOVEMENT = (('pruned', 'pruned', GROUPS[3]), ('planned', 'drops planned', SOFT)
 
 def _plot_movement(ax, history):
     "Does the structure still move?"
-    ups, title = _updates(history), 'weights at each update'
-    if ups and 'ever_active' in ups[-1][1]: title += f"; {ups[-1][1]['ever_active']:.0%} of sparse layers ever active"
+    ups, title = _updates(history), 'structure: weights at each update'
+    ever = ups[-1][1].get('ever_active') if ups else None
+    if ever is not None: title = f'structure: weights; {ever:.0%} of sparse layers ever active'
     plain_axes(ax, title, 'epoch')
     seen = [(k, *how) for k, *how in _MOVEMENT if any(u.get(k) for _, u in ups)]
     if not seen:
