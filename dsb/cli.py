@@ -556,12 +556,13 @@ def _weighs(model):
 # %% ../nbs/06_cli.ipynb #5e0fa7c2
 def _shown(run, ck):
     "What is to be said of a run; its pictures are drawn on the way"
-    from dsb.training.train import draw_run, restored
+    from dsb.training.train import draw_run, flops_words, restored
     c, model = TrainConfig(**ck['config']), restored(ck)
     try: drawn = 'drawn: ' + ', '.join(draw_run(run, model, ck['history'], ck['start'], c.title))
     except OSError as e: drawn = f"nothing drawn: {run} cannot be written to ({e.strerror or e})"
     head = f"{run}: {c.title}; seed {c.seed}, {ck['epoch']} of {c.epochs} epochs"
-    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), _weighs(model), drawn])
+    flops = [flops_words(ck['history'])] if ck['history'] else []
+    return '\n'.join([_run_table(head, ck), str(_as_run(model, c)), *flops, _weighs(model), drawn])
 
 # %% ../nbs/06_cli.ipynb #ecf975a1
 def _run_parser(name, about):
@@ -716,7 +717,7 @@ def _sweep_parser():
                    'may be given several times')
     p.add_argument('--list', action='store_true', help='print the runs and how far each is, and do nothing')
     p.add_argument('--table', action='store_true', help='print the test accuracies after the last epoch of the '
-                   'runs that are done, mean and 95 %% interval, and do nothing')
+                   'runs that are done, mean and 95 %% interval, and what they cost; do nothing')
     p.add_argument('--against', metavar='KIND', help='the table, and the differences against this kind of '
                    "runs, seed by seed: a label, such as dense, or a name in the table, such as 'dsb, alpha 0.1'")
     return p
@@ -726,6 +727,12 @@ def _as_utf8(word):
     "A word of the command line as the UTF-8 that it is where the locale does not say so"
     try: return os.fsencode(word).decode()
     except UnicodeError: return word
+
+# %% ../nbs/06_cli.ipynb #8ef6d430
+def _sweep_tables(t):
+    "Accuracies and differences, and what they cost"
+    from dsb.core import text_table
+    return f'{t}\n\n{text_table(t.costs())}'
 
 # %% ../nbs/06_cli.ipynb #2ce6733e
 def sweep_command(
@@ -738,7 +745,7 @@ def sweep_command(
         sweep = Sweep(args.file, args.out, [_as_utf8(o) for o in args.only])
         against = args.against and _as_utf8(args.against)
         if args.list or args.table or against:
-            print(sweep.table(against) if args.table or against else sweep)
+            print(_sweep_tables(sweep.table(against)) if args.table or against else sweep)
             return 0
         failed = sweep.run(args.jobs, args.threads, say=lambda line: print(line, flush=True))
     except ValueError as e: fail(e)

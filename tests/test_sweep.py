@@ -95,7 +95,8 @@ def test_stopped_and_continued(root, whole, tmp_path, capsys):
 
 def test_table(whole, capsys):
     assert main(['sweep', str(whole), '--against', 'small']) == 0
-    first, second, note = capsys.readouterr().out.split('\n\n')
+    first, second, note, costs = capsys.readouterr().out.split('\n\n')
+    assert {l.split()[0] for l in costs.splitlines()[1:]} == {'blocks', 'small'} and 'of training' in costs.splitlines()[0]
     assert 'only one or two runs' in note
     assert first.splitlines()[0].split() == ['accuracy,', '%', '0.8'] and [l.split()[0] for l in second.splitlines()] == ['minus', 'blocks']
     assert main(['sweep', str(whole), '--list']) == 0

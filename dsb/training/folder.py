@@ -207,7 +207,7 @@ def is_out_of_memory(
     return isinstance(e, RuntimeError) and any(w in says for w in words)
 
 # %% ../../nbs/training/07_folder.ipynb #7231080f
-FORMAT = {'name': 'dsb-run', 'version': 2}
+FORMAT = {'name': 'dsb-run', 'version': 3}
 DATA_SHAPE = 'num_classes', 'image_size', 'in_channels'   # what `info` tells of the data, as `create_model` calls it
 
 class Damaged(ValueError):
@@ -343,9 +343,11 @@ _SHARE, _FLAG = _real(0, 1), Expected('true or false', lambda v: isinstance(v, b
 
 # %% ../../nbs/training/07_folder.ipynb #7bc4e1f6
 _UPDATE = dict(step=_whole(), planned=_whole(), confirmed=_whole(), grown=_whole(),
-               net_changed=_whole(), pruned=_whole(), survived=_SHARE, ever_active=_SHARE, drop_fraction=_SHARE)
+               net_changed=_whole(), pruned=_whole(), survived=_SHARE, ever_active=_SHARE, drop_fraction=_SHARE,
+               flops=_SHARE, gradients=_real(0))
 _ROW = dict(epoch=_whole(1), step=_whole(1), lr=_real(0), train_loss=_real(), train_acc=_SHARE, density=_SHARE,
-            mean_density=_SHARE, state_mb=_real(0), step_ms=_or_none(_real(0)), updates=[_UPDATE])
+            mean_density=_SHARE, flops=_real(0), mean_flops=_real(0), state_mb=_real(0), step_ms=_or_none(_real(0)),
+            updates=[_UPDATE])
 _TESTED = {k: dict(test_loss=_real(), test_acc=_SHARE, **more) for k, more in
            dict(test={}, val=dict(val_loss=_real(), val_acc=_SHARE)).items()}
 _UPD = dict(t=_whole(), updates=_whole(), settings={}, uses={}, ever={}, before={}, sums={}, generator=_BYTES)

@@ -19,7 +19,7 @@ from ..topology import unpack_mask
 from .config import TrainConfig
 from .grades import environment, mistakes, plot_confusion
 from .plot import plot_curves, plot_masks, read_masks, was_validated
-from .train import restored
+from .train import flops_words, restored
 
 # %% ../../nbs/training/11_report.ipynb #a7d85f14
 def table_html(
@@ -229,7 +229,8 @@ def _sections(folder, ck):
     yield 'Curves', f'<div class="wide" tabindex="0">{picture}</div>'
     yield 'Masks over time', _masks(folder, model, ck)
     yield 'What is mistaken for what', wrong
-    yield 'Layers', layers_html(model)
+    flops = f"<p>{flops_words(ck['history'])}</p>" if ck['history'] else ''
+    yield 'Layers', layers_html(model) + flops
     yield 'Where the time went', time_html(ck)
     yield 'Where it was trained', where_html(folder)
     yield 'Settings', settings_html(ck['config'])

@@ -773,6 +773,29 @@ def _repr_markdown_(self:SweepTable): return _page(map(markdown_table, self._bot
 @patch
 def __repr__(self:SweepTable): return _page(map(text_table, self._both()), self.note())
 
+# %% ../../nbs/training/10_sweep.ipynb #79241a85
+_COSTS = {'density': 'density', 'mean density': 'mean_density', 'FLOPs in use': 'flops', 'of a step': 'mean_flops',
+          'of training': 'train_flops', 'peak, MB': 'peak_mb', 'seconds': 'seconds'}
+
+@patch
+def costs(self:SweepTable)->list: # of lists of strings, the head first
+    "Means over the runs of a kind, beside their accuracy: density, FLOPs, memory, time"
+    rows = []
+    for k, s in ((k, s) for k in self.kinds for s in self.sparsities):
+        own = [l['result'] for l in self.lines if (kind(l['run']), l['run']['sparsity']) == (k, s)]
+        if own: rows.append([k, f'{s:g}' if s else 'dense', f'{100*mean(r[self.value] for r in own):.2f}',
+                             *(_mean_of(own, key) for key in _COSTS.values())])
+    seen = [i for i, texts in enumerate(zip(*rows)) if any(texts)]
+    head = ['', 'sparsity', 'accuracy, %', *_COSTS]
+    return [[row[i] for i in seen] for row in [head, *rows]]
+
+def _mean_of(results, key):
+    "The mean of what all of the results know; else nothing"
+    known = [r.get(key) for r in results]
+    if None in known: return ''
+    v = mean(known)
+    return f'{v:,.0f}' if 100 <= v < 1e6 else f'{v:.3g}'
+
 # %% ../../nbs/training/10_sweep.ipynb #8fba9b51
 @patch
 def table(self:Sweep,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'Deserted', 'join_group', 'leave_group', 'tell_failure', 'pick_device', 'structure_checksum',
-           'data_shape', 'width_of', 'build_model', 'Trainer', 'compiled_so_far', 'state_bytes', 'mean_density',
-           'draw_run', 'check_data', 'saved_shape', 'restored']
+           'data_shape', 'width_of', 'build_model', 'Trainer', 'compiled_so_far', 'state_bytes', 'dense_work',
+           'mean_density', 'mean_flops', 'flops_words', 'draw_run', 'check_data', 'saved_shape', 'restored']
 
 # %% ../../nbs/training/09_train.ipynb #ed8cae86
 import json, math, os, shutil, socket, sys, time, warnings, zlib
@@ -30,7 +30,7 @@ from .data import DataError, dataset_info, load_data
 from .folder import (DATA_SHAPE, Claim, Diverged, Interrupted, Signals, Trouble, best_of, holding,
                                  is_out_of_memory, keep_earlier, load_checkpoint, numbered, one_line, save_whole,
                                  sealed)
-from .models import create_model, model_channels, small_width
+from .models import create_model, layer_macs, model_channels, small_width
 from .grades import environment, grades, plot_confusion, tally
 from .plot import log_masks
 
@@ -362,6 +362,35 @@ def state_bytes(
 @patch
 def _state_mb(self:Trainer): return round(state_bytes(self.model, state_copies(self.config))/1e6, 3)
 
+# %% ../../nbs/training/09_train.ipynb #2921500b
+def dense_work(
+    config:TrainConfig, # gives model, method and sparsity
+    shape:dict,         # `num_classes`, `image_size`, `in_channels`
+)->tuple: # name of a layer -> its multiplications; their number in the dense network of the model
+    "What a forward pass of one image multiplies, in each layer of the run if all its weights were there"
+    def count(width):
+        with torch.device('meta'): model = create_model(config.model, width=width, **shape)
+        return layer_macs(model, shape['image_size'], shape['in_channels'])
+    full = count(1.)
+    return full if config.method != 'small-dense' else count(width_of(config, shape)), sum(full.values())
+
+@patch
+def _flops(self:Trainer)->float:
+    "Multiplications of a forward pass, relative to the dense network's"
+    density, (own, dense) = {r.name: r.density for r in summary(self.model).rows}, self.work
+    return sum(n*density.get(name, 1.) for name, n in own.items())/dense
+
+# %% ../../nbs/training/09_train.ipynb #ed50c275
+@patch
+def _after_update(self:Trainer, report)->dict:
+    "What an update leaves, and the dense gradients that it needed in units of a dense step"
+    u, before = self.upd, self.updates[-1]['flops'] if self.updates else self._flops_before()
+    gradients = u.part*max(u.accumulate, 1) if u.grow == 'gradient' and report.total('planned') else 0.
+    return dict(flops=self._flops(), gradients=gradients*(1 - before)/3)
+
+@patch
+def _flops_before(self:Trainer): return self.history[-1]['flops'] if self.history else self.first_flops
+
 # %% ../../nbs/training/09_train.ipynb #02301372
 @patch
 def _begin(self:Trainer):
@@ -371,6 +400,8 @@ def _begin(self:Trainer):
     self.history, self.best = [], best_of([], self.judge)
     if self.upd: self.upd.load_state_dict(self.upd.state_dict() | dict(t=self.step))
     self.first_density, self.peak_mb = summary(self.model).density, self._state_mb()   # nothing ever grows
+    self.work = dense_work(c, self.shape)
+    self.first_flops = self._flops()
     self.start = {n: pack_mask(l.mask()).cpu() for n, l in sparse_layers(self.model).items()}
     self.rng = self._first_random_state()
     self.signals, self.bar = None, None                # there only within `fit`
@@ -631,7 +662,7 @@ def train_step(self:Trainer,
     loss, hits, used = self._gradient(x, y)
     if not (used and self._advance()): self.skipped.append(self.step)
     report = self.upd and self.upd.step()
-    if report: self.updates.append(report.as_dict())
+    if report: self.updates.append(report.as_dict() | self._after_update(report))
     self.step, self.batch = self.step+1, self.batch+1
     self.sums += _summed(loss, hits, len(y)*used)
     self.recent.append(loss)
@@ -797,6 +828,27 @@ def mean_density(
     before = sum(u['pruned']*(u['step']+1-first) for u in updates)
     return density + before/(size*(last-first))
 
+# %% ../../nbs/training/09_train.ipynb #06227dcd
+def mean_flops(
+    before:float,  # of a step of training at the beginning, relative to a dense one
+    updates:list,  # reports of the updates on the way, with what they leave and need
+    first:int,     # number of the first step, from 0
+    last:int,      # that after the last one
+)->float:
+    "Mean work of these steps, relative to dense ones, dense gradients included"
+    total, at = 0., first
+    for u in updates:
+        total, at, before = total + before*(u['step']+1-at) + u['gradients'], u['step']+1, u['flops']
+    return (total + before*(last-at))/(last-first)
+
+# %% ../../nbs/training/09_train.ipynb #277d667b
+def flops_words(
+    history:list, # rows of a run
+)->str:
+    "How many FLOPs a run needs, relative to its dense network"
+    now, trained = history[-1]['flops'], sum(r['mean_flops'] for r in history)/len(history)
+    return f'FLOPs, relative to dense: {now:.3g} of a forward pass, {trained:.3g} of the training so far'
+
 # %% ../../nbs/training/09_train.ipynb #5effbef6
 @patch
 def _epoch_row(self:Trainer, evaluations):
@@ -805,9 +857,12 @@ def _epoch_row(self:Trainer, evaluations):
     lr = lr_at(self.step-1, self.steps_per_epoch, self.config)
     step_ms = round(median(self.times), 3) if self.times else None
     s = summary(self.model)
-    mean = mean_density(s.density, s.size, self.updates, self.step-self.batch, self.step)
+    first = self.step - self.batch
+    mean = mean_density(s.density, s.size, self.updates, first, self.step)
+    flops = mean_flops(self._flops_before(), self.updates, first, self.step)
     return dict(epoch=self.epoch+1, step=self.step, lr=lr, train_loss=loss/n, train_acc=hits/n, **evaluations,
-                density=s.density, mean_density=mean, state_mb=self._state_mb(), step_ms=step_ms,
+                density=s.density, mean_density=mean, flops=self._flops(), mean_flops=flops,
+                state_mb=self._state_mb(), step_ms=step_ms,
                 updates=self.updates, **(dict(skipped=len(self.skipped)) if self.skipped else {}))
 
 # %% ../../nbs/training/09_train.ipynb #2899588f
@@ -873,10 +928,14 @@ def result(self:Trainer)->dict:
 
 @patch
 def _over_time(self:Trainer):
-    "Density, memory and time of a step over the run: means and peaks"
+    "Density, FLOPs, memory and time of a step over the run: means and peaks"
     def mean(k): return sum(r[k] for r in self.history)/len(self.history)
     times = [r['step_ms'] for r in self.history if r['step_ms']]
-    return dict(mean_density=mean('mean_density'), initial_density=self.first_density, peak_mb=self.peak_mb,
+    ends = [self.config.start_epoch*self.steps_per_epoch, *(r['step'] for r in self.history)]
+    dense_steps = sum(r['mean_flops']*(b-a) for r, a, b in zip(self.history, ends, ends[1:]))
+    return dict(mean_density=mean('mean_density'), initial_density=self.first_density,
+                flops=self.history[-1]['flops'], mean_flops=mean('mean_flops'),
+                train_flops=dense_steps*self.config.batch_size*3*2*self.work[1], peak_mb=self.peak_mb,
                 state_mb=self._state_mb(), step_ms=median(times) if times else None)
 
 # %% ../../nbs/training/09_train.ipynb #f460d0f2
