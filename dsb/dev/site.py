@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'Project', 'page_name', 'section_of', 'part_of', 'Cell', 'read_cells', 'refresh', 'comments',
-           'Symbol', 'symbols', 'Page', 'anchors', 'link_index', 'outside_fences', 'add_links', 'page_links', 'mathml',
-           'lists', 'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts', 'readme_text', 'readme', 'is_cpp',
-           'page_text', 'names_text', 'module_file', 'origin', 'llms_text', 'write_pages', 'scrolling', 'helpful',
-           'finish', 'build', 'main']
+           'Symbol', 'symbols', 'Page', 'anchors', 'link_index', 'links_on', 'outside_fences', 'add_links',
+           'page_links', 'mathml', 'lists', 'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts',
+           'readme_text', 'readme', 'is_cpp', 'page_text', 'names_text', 'module_file', 'origin', 'llms_text',
+           'write_pages', 'scrolling', 'helpful', 'finish', 'build', 'main']
 
 # %% ../../nbs/dev/01_site.ipynb #3622bf6a
 import ast,base64,io,json,posixpath,re,shutil,subprocess,sys,tempfile,time,tokenize
@@ -300,6 +300,18 @@ def link_index(
     twice = {n for n,at in places.items() if len(at)>1}
     own = {k:res[f'{m}.{n}'] for n,m in _offered(pages) if f'{m}.{n}' in res for k in (n, f'{lib}.{n}')}
     return {k:v for k,v in res.items() if k.removeprefix(f'{lib}.') not in twice} | own
+
+# %% ../../nbs/dev/01_site.ipynb #0b44caf2
+def links_on(
+    page:Page,  # whose text it is
+    index:dict, # from `link_index`
+    offered=(), # names that the library itself offers
+)->dict:        # name -> address
+    "The part of the index that the text of a page may mean"
+    nodes = [o for c in page.cells if c.code and 'import' in c.source for o in ast.walk(ast.parse(c.source))]
+    known = {*offered, *(a.name for o in nodes if isinstance(o, ast.ImportFrom) for a in o.names)}
+    def plain(name): return name.isalpha() and name.islower()
+    return {k:v for k,v in index.items() if not plain(k) or k in known or v.startswith(f'{page.name}#')}
 
 # %% ../../nbs/dev/01_site.ipynb #1ca48a02
 def outside_fences(
@@ -641,8 +653,8 @@ def write_pages(
     shutil.copytree(p.nbs, docs, ignore=lambda d,fs: [f for f in fs if f[0] in '._'])
     sections = {t:[Page(o, p.nbs) for o in nbs] for t,nbs in p.sections().items()}
     pages = sum(sections.values(), [])
-    index = link_index(pages, p.lib)
-    for o in pages: _write_page(o, docs, index, p)
+    index,offered = link_index(pages, p.lib),{name for name,_ in _offered(pages)}
+    for o in pages: _write_page(o, docs, links_on(o, index, offered), p)
     write_whole(docs/'names.md', names_text(pages))
     write_whole(docs/'llms.txt', llms_text(sections))
     config = (p.root/'zensical.toml').read_text(encoding='utf-8')

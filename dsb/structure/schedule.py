@@ -53,5 +53,7 @@ def left_to_prune(
 )->float: # in [0, 1], 0 from the last update before `prune_end` on
     "Share of the weights to be pruned that remain after an update at step `t`"
     last = prune_end//T*T
-    if last<1: raise ValueError(f'prune_end={prune_end}: expected at least T={T}, the step of the first update')
+    if last<1:
+        raise ValueError(f'prune_end={prune_end}: expected at least T={T}, the step of the first update; '
+                         'give a smaller T, such as a fortieth of all steps, or a later prune_end')
     return (1-min(t+1, last)/last)**3
