@@ -737,6 +737,7 @@ def _update(self:Updater):
     self.updates += 1
     report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
     if report.total('pruned'): self._tell_of_sizes()
+    if report.total('pruned') and not self._prunes(): self._tell_of_frozen()
     if self.group is not None: self._agree()
     self._tell()
     return report
@@ -755,6 +756,16 @@ def _varies(layers):
     for m in layers:
         changing = (m.values, m.cols if m.block_size else m.flat) if m.pruning else ()
         for t in changing: torch._dynamo.maybe_mark_dynamic(t, 0)
+
+# %% ../nbs/04_topology.ipynb #2e2a3ac6
+@patch
+def _tell_of_frozen(self:Updater):
+    "Pruning is at its end: say which layers could not take part"
+    over = [n for n,m in self.layers.items() if m.pruning and m.structure.nnz>m.pruning[1].active]
+    if not over: return
+    m,others = self.layers[over[0]],f' (and {len(over)-1} more)' if len(over)>1 else ''
+    warnings.warn(f'dsb: {over[0]!r}{others} is frozen and keeps {m.structure.nnz:,} weights, of which '
+                  f'{m.pruning[1].active:,} were to be left; an update prunes it after requires_grad_(True)')
 
 # %% ../nbs/04_topology.ipynb #4206ac47
 @patch
