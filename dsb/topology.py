@@ -342,7 +342,8 @@ class Updater:
 @patch
 def _begin(self:Updater, followers=()):
     "Step 0: nothing has happened yet"
-    self.t,self.pending,self.updates,self.uses,self.idle,self.retired = 0,False,0,{},0,False
+    self.t,self.pending,self.updates,self.uses,self.retired = 0,False,0,{},False
+    self.idle = self.waiting = 0   # calls without a step, and steps since an update was due
     self.ever = {n:pack_mask(m.structure.mask()) for n,m in self.layers.items()}
     self.before = {n:mean_square(_weights(m)) for n,m in self.layers.items() if m.pruning and m.block_size}
     self.followers,self.listeners,self.moved,self.known = [],OrderedDict(),{},weakref.WeakSet()
@@ -737,7 +738,6 @@ def _update(self:Updater):
     self.updates += 1
     report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
     if report.total('pruned'): self._tell_of_sizes()
-    if report.total('pruned') and not self._prunes(): self._tell_of_frozen()
     if self.group is not None: self._agree()
     self._tell()
     return report
@@ -761,7 +761,8 @@ def _varies(layers):
 @patch
 def _tell_of_frozen(self:Updater):
     "Pruning is at its end: say which layers could not take part"
-    over = [n for n,m in self.layers.items() if m.pruning and m.structure.nnz>m.pruning[1].active]
+    def kept(m): return m.pruning and not m.values.requires_grad and m.structure.nnz>m.pruning[1].active
+    over = [n for n,m in self.layers.items() if kept(m)]
     if not over: return
     m,others = self.layers[over[0]],f' (and {len(over)-1} more)' if len(over)>1 else ''
     warnings.warn(f'dsb: {over[0]!r}{others} is frozen and keeps {m.structure.nnz:,} weights, of which '
@@ -800,6 +801,15 @@ def _note_idle(self:Updater, stepped):
     warnings.warn(f'dsb: the optimizer {type(self.stepping[0]).__name__} has made no step in {self.idle} calls of '
                   'upd.step(), so no weights move: pass the one that is used to dsb.Updater')
 
+# %% ../nbs/04_topology.ipynb #b9838ca7
+@patch
+def _note_waiting(self:Updater, stepped):
+    "Say it once when an update is due and no gradient can be used for it"
+    self.waiting = self.waiting+stepped if self.pending else 0
+    if self.waiting!=50: return
+    warnings.warn("dsb: an update has been due for 50 steps, but no gradient could be used for it, so no weights move: "
+                  "call upd.step() after the optimizer's step, and see that all gradients are finite")
+
 # %% ../nbs/04_topology.ipynb #24f21e5c
 @patch
 def step(self:Updater)->'Report': # or None when no update was made
@@ -814,6 +824,8 @@ def step(self:Updater)->'Report': # or None when no update was made
     self._note_idle(stepped)
     self.t += 1
     self.pending = self.pending and (self._moves() or self._prunes())
+    self._note_waiting(stepped)
+    if self.prune_end is not None and self.t==self.prune_end//self.T*self.T: self._tell_of_frozen()
     if stepped: self.stepped = set()
     self._arm(between=not stepped)
     return report

@@ -385,7 +385,8 @@ def _flops(self:Trainer)->float:
 def _after_update(self:Trainer, report)->dict:
     "What an update leaves, and the dense gradients that it needed in units of a dense step"
     u, before = self.upd, self.updates[-1]['flops'] if self.updates else self._flops_before()
-    gradients = u.part*max(u.accumulate, 1) if u.grow == 'gradient' and report.total('planned') else 0.
+    part = u.part if self.config.block_size else 1.     # unstructured layers see the whole batch anyway
+    gradients = part*max(u.accumulate, 1) if u.grow == 'gradient' and report.total('planned') else 0.
     return dict(flops=self._flops(), gradients=gradients*(1 - before)/3)
 
 @patch
@@ -927,6 +928,12 @@ def result(self:Trainer)->dict:
                 structure=structure_checksum(self.model), seconds=round(self.seconds, 1), **self._compiled())
 
 @patch
+def _images_per_step(self:Trainer)->float:
+    "Images of a mean step, over all processes; the last batch of an epoch may be smaller"
+    n = getattr(self.data, 'n_train', None)
+    return n/self.steps_per_epoch if n else self.config.batch_size
+
+@patch
 def _over_time(self:Trainer):
     "Density, FLOPs, memory and time of a step over the run: means and peaks"
     def mean(k): return sum(r[k] for r in self.history)/len(self.history)
@@ -935,7 +942,7 @@ def _over_time(self:Trainer):
     dense_steps = sum(r['mean_flops']*(b-a) for r, a, b in zip(self.history, ends, ends[1:]))
     return dict(mean_density=mean('mean_density'), initial_density=self.first_density,
                 flops=self.history[-1]['flops'], mean_flops=mean('mean_flops'),
-                train_flops=dense_steps*self.config.batch_size*3*2*self.work[1], peak_mb=self.peak_mb,
+                train_flops=dense_steps*self._images_per_step()*3*2*self.work[1], peak_mb=self.peak_mb,
                 state_mb=self._state_mb(), step_ms=median(times) if times else None)
 
 # %% ../../nbs/training/09_train.ipynb #f460d0f2
