@@ -39,7 +39,7 @@ NOTEBOOKS = {
         code('circle(2)', text_plain='12.56'), code('show()', image_png=PNG), code('#| hide\nhidden_test()')],
     'tutorials/01_first.ipynb': [
         text('# First steps'), text('## How To\n\nCall `circle`, see `plane.area`.'),
-        code('plot()', text_markdown='| a | b |\n|---|---|\n| 1 | 2 |')],
+        code('from plane.area import circle\nplot()', text_markdown='| a | b |\n|---|---|\n| 1 | 2 |')],
     'explanations/02_why.ipynb': [text('# Why')]}
 
 @pytest.fixture

@@ -342,11 +342,12 @@ _BYTES = Expected('a tensor of bytes', lambda t: torch.is_tensor(t) and t.dtype 
 _SHARE, _FLAG = _real(0, 1), Expected('true or false', lambda v: isinstance(v, bool))
 
 # %% ../../nbs/training/07_folder.ipynb #7bc4e1f6
+_MEASURE = _real(0, 1e12)    # no more than can be true
 _UPDATE = dict(step=_whole(), planned=_whole(), confirmed=_whole(), grown=_whole(),
                net_changed=_whole(), pruned=_whole(), survived=_SHARE, ever_active=_SHARE, drop_fraction=_SHARE,
-               flops=_SHARE, gradients=_real(0))
-_ROW = dict(epoch=_whole(1), step=_whole(1), lr=_real(0), train_loss=_real(), train_acc=_SHARE, density=_SHARE,
-            mean_density=_SHARE, flops=_real(0), mean_flops=_real(0), state_mb=_real(0), step_ms=_or_none(_real(0)),
+               flops=_SHARE, gradients=_MEASURE)
+_ROW = dict(epoch=_whole(1), step=_whole(1), lr=_MEASURE, train_loss=_real(), train_acc=_SHARE, density=_SHARE,
+            mean_density=_SHARE, flops=_MEASURE, mean_flops=_MEASURE, state_mb=_MEASURE, step_ms=_or_none(_MEASURE),
             updates=[_UPDATE])
 _TESTED = {k: dict(test_loss=_real(), test_acc=_SHARE, **more) for k, more in
            dict(test={}, val=dict(val_loss=_real(), val_acc=_SHARE)).items()}
