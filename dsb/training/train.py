@@ -927,22 +927,20 @@ def result(self:Trainer)->dict:
                 data_set=c.data_set, epochs=self.epoch, steps=self.step, seed=c.seed, active=s.active,
                 structure=structure_checksum(self.model), seconds=round(self.seconds, 1), **self._compiled())
 
+# %% ../../nbs/training/09_train.ipynb #84f4b64b
 @patch
-def _images_per_step(self:Trainer)->float:
-    "Images of a mean step, over all processes; the last batch of an epoch may be smaller"
-    n = getattr(self.data, 'n_train', None)
-    return n/self.steps_per_epoch if n else self.config.batch_size
+def _images(self:Trainer)->int:
+    "Images of an epoch, over all processes"
+    return getattr(self.data, 'n_train', None) or self.steps_per_epoch*self.config.batch_size
 
 @patch
 def _over_time(self:Trainer):
     "Density, FLOPs, memory and time of a step over the run: means and peaks"
-    def mean(k): return sum(r[k] for r in self.history)/len(self.history)
-    times = [r['step_ms'] for r in self.history if r['step_ms']]
-    ends = [self.config.start_epoch*self.steps_per_epoch, *(r['step'] for r in self.history)]
-    dense_steps = sum(r['mean_flops']*(b-a) for r, a, b in zip(self.history, ends, ends[1:]))
-    return dict(mean_density=mean('mean_density'), initial_density=self.first_density,
-                flops=self.history[-1]['flops'], mean_flops=mean('mean_flops'),
-                train_flops=dense_steps*self._images_per_step()*3*2*self.work[1], peak_mb=self.peak_mb,
+    def total(k): return sum(r[k] for r in self.history)
+    n, times = len(self.history), [r['step_ms'] for r in self.history if r['step_ms']]
+    return dict(mean_density=total('mean_density')/n, initial_density=self.first_density,
+                flops=self.history[-1]['flops'], mean_flops=total('mean_flops')/n,
+                train_flops=total('mean_flops')*self._images()*3*2*self.work[1], peak_mb=self.peak_mb,
                 state_mb=self._state_mb(), step_ms=median(times) if times else None)
 
 # %% ../../nbs/training/09_train.ipynb #f460d0f2
