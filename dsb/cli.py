@@ -159,7 +159,7 @@ def _data_options():
     return [
         option('--data_set', f"one of {', '.join(DATA_SETS)}; digits and glyphs need no download"),
         option('--data_dir', "where the data is, or is to be put; default ./data, then .", 'DIR'),
-        option('--model', f"one of {', '.join(MODELS)}, or any wrn-depth-width"),
+        option('--model', f"one of {', '.join(MODELS)}, or any wrn-depth-width or mlp-width-width-..."),
         option('--dropout', "dropout inside the blocks of a wrn (the original has 0.3)", 'P'),
         option('--n_train', "use only N training images, of those that --n_val leaves"),
         option('--n_val', "keep N training images apart for validation and choose the best epoch (of those at the "

@@ -102,16 +102,21 @@ def slow_size(
 # %% ../../nbs/structure/05_methods.ipynb #4e0ed4b4
 _OF_MOVES = 'T_end','alpha','rule','grow','accumulate','part'
 _OF_GROWING_BLOCKS = 'rule','grow'
+_OF_DENSE_GRADIENTS = 'accumulate','part'
 
 def ignored(
-    method:str,         # a key of `METHODS`
-    pruned:bool=False,  # does the network begin with more weights than it ends with?
+    method:str,          # a key of `METHODS`
+    pruned:bool=False,   # does the network begin with more weights than it ends with?
+    alpha:float=None,    # the first drop fraction; None: above 0
+    grow:str=None,       # what growth goes by; None: the method's own
 )->tuple: # names of settings
     "What makes no difference to a method"
     m = METHODS[method]
     if m.blocks is None: names = 'block_size','distribution','start','initial_ratio'
-    else: names = () if m.blocks else ('block_size',*(_OF_GROWING_BLOCKS if m.grow else ()))
+    else: names = () if m.blocks else ('block_size','part',*(_OF_GROWING_BLOCKS if m.grow else ()))
     if method=='dense': names += 'sparsity',
     if not m.grow: names += _OF_MOVES
+    elif alpha==0: names += 'T_end','grow',*_OF_DENSE_GRADIENTS
+    elif (grow or m.grow)=='random': names += _OF_DENSE_GRADIENTS
     if m.blocks is None or not pruned: names += ('prune_end',) if m.grow else ('T','prune_end')
-    return names
+    return tuple(dict.fromkeys(names))

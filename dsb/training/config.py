@@ -330,7 +330,11 @@ def _end_of_updates(c, planned): return c.T_end or max(1, min(SETTINGS['T_end'].
 # %% ../../nbs/training/06_config.ipynb #5d1116e2
 _UPDATES = 40  # at least so many in a run, where it has the steps
 
-def _interval(c, planned): return c.T or max(1, c.accumulate, min(SETTINGS['T'].default, planned//_UPDATES))
+def _interval(c, planned):
+    usual = max(1, min(SETTINGS['T'].default, planned//_UPDATES))
+    alpha = usual_alpha(c.method, c.usual_ratio>1, c.rule, c.grow) if c.alpha is None else c.alpha
+    idle = 'accumulate' in ignored(c.method, c.usual_ratio>1, alpha, c.grow)
+    return c.T or (usual if idle else max(usual, c.accumulate))
 
 # %% ../../nbs/training/06_config.ipynb #fffdf978
 def _pruning(c, T, planned):
@@ -355,27 +359,36 @@ def settled(self:TrainConfig,
     return replace(self, T=T, T_end=_end_of_updates(self, planned), alpha=alpha, initial_ratio=ratio, prune_end=end)
 
 # %% ../../nbs/training/06_config.ipynb #d28e39fe
-def _idle(c, pruned):
-    "The settings of updates that were given and make no difference"
-    names = [k for k in ignored(c.method, pruned) if k not in ('sparsity','block_size','initial_ratio')]
-    return [k for k in names if getattr(c, k) != getattr(TrainConfig, k)]
+def _idle(c, settled):
+    "The settings of updates that were given and make no difference, in a sentence"
+    names = ignored(c.method, settled.initial_ratio>1, settled.alpha, c.grow)
+    names = [k for k in names if k not in ('sparsity','block_size','initial_ratio')]
+    idle = [k for k in names if getattr(c, k) != getattr(TrainConfig, k)]
+    if not idle: return ''
+    if METHODS[c.method].grow and settled.alpha==0: of = f"to {c.method} with alpha=0, which grows nothing"
+    else: of = f'to method {c.method}' + (" with grow='random'" if c.grow=='random' else '')
+    return f"{' and '.join(idle)} make{'s'*(len(idle)<2)} no difference {of}"
+
+@patch
+def unmoved(self:TrainConfig,
+    steps_per_epoch:int, # batches of one epoch
+)->str: # a sentence, or nothing
+    "Whether a run of this length is too short for the updates that go with its method"
+    c,planned = self.settled(steps_per_epoch),self.epochs*steps_per_epoch
+    end,last = ('the run ends',planned) if c.T>planned else ('updates end',c.T_end)
+    if c.initial_ratio>1 or not METHODS[self.method].grow: return ''
+    if c.T>last: return (f"the structure never changes: its first update would be at step {c.T}, and "
+                         f"{end} at step {last}; give a smaller T")
+    if self.usual_ratio==1: return ''
+    return (f"nothing is pruned: the first update, at step {c.T}, comes after half of the run; "
+            "give a smaller T or more epochs")
 
 @patch
 def left_out(self:TrainConfig,
     steps_per_epoch:int, # batches of one epoch
 )->str: # a sentence, or nothing
     "What a run of this length does not do, though it was asked for or goes with the method"
-    c,planned = self.settled(steps_per_epoch),self.epochs*steps_per_epoch
-    pruned = c.initial_ratio>1
-    end,last = ('the run ends',planned) if c.T>planned else ('updates end',c.T_end)
-    idle = _idle(self, pruned)
-    if idle: return f"{' and '.join(idle)} make{'s'*(len(idle)<2)} no difference to method {self.method}"
-    if pruned or not METHODS[self.method].grow: return ''
-    if c.T>last: return (f"the structure never changes: its first update would be at step {c.T}, and "
-                         f"{end} at step {last}; give a smaller T")
-    if self.usual_ratio==1: return ''
-    return (f"nothing is pruned: the first update, at step {c.T}, comes after half of the run; "
-            "give a smaller T or more epochs")
+    return _idle(self, self.settled(steps_per_epoch)) or self.unmoved(steps_per_epoch)
 
 # %% ../../nbs/training/06_config.ipynb #2e5e2b1d
 def _weights(model)->list:

@@ -406,7 +406,7 @@ def reset_parameters(self:ViT):
 VITS = {'vit-tiny': (192, 3, 12), 'vit-small': (384, 6, 12), 'vit-base': (768, 12, 12)}   # width, heads, blocks
 
 # %% ../../nbs/training/01_models.ipynb #c1640f37
-def model_names()->list: # as `create_model` prefers them; any wrn-depth-width with depth 6n+4 works too
+def model_names()->list: # as `create_model` prefers them; any wrn-depth-width with depth 6n+4, mlp-width-... too
     "Names of the models"
     return ('alexnet-s alexnet-b vgg-c vgg-d vgg-like wrn-22-2 wrn-28-2 wrn-22-8 wrn-16-8 wrn-16-10 '
             'ResNet18 ResNet34 ResNet50 vit-tiny vit-small vit-base mlp lenet5 lenet300-100').split()
@@ -421,13 +421,21 @@ def _nearest_wrn(depth, k):
     "The name of the WideResNet that is nearest to `depth` convolutions and `k` times the width"
     return f'wrn-{max(6*round((depth-4)/6) + 4, 10)}-{max(k, 1)}'
 
+# %% ../../nbs/training/01_models.ipynb #83e26429
+def _hidden_widths(name):
+    "The hidden widths that a name such as mlp-300-100 states; () for other names"
+    if not re.fullmatch(r'mlp([-_ ]\d+)+', name.lower()): return ()
+    widths = tuple(int(o) for o in re.findall(r'\d+', name))
+    return widths if all(widths) else ()
+
 # %% ../../nbs/training/01_models.ipynb #e41cf5da
 def canonical_name(
     name:str, # name of a model, in any case, with or without dashes
-)->str:       # the same as in `model_names`, or as wrn-depth-width
+)->str:       # the same as in `model_names`, or as wrn-depth-width or mlp-width-width-...
     "The one spelling of a model's name"
     names = {_squash(n): n for n in model_names()} | {'mlpcifar10': 'mlp'}
     squashed, wide = _squash(name), re.fullmatch(r'wrn[-_ ]?(\d+)[-_ ](\d+)', name.lower())
+    if hidden := _hidden_widths(name): return 'mlp' if hidden==(1024,512) else '-'.join(['mlp', *map(str, hidden)])
     if wide:
         depth, k = map(int, wide.groups())
         near = _nearest_wrn(depth, k)
@@ -436,8 +444,8 @@ def canonical_name(
     else: near = names.get(nearest(squashed, names))
     known = ', '.join(model_names())
     meant = f', did you mean {near}?' if near else '.'
-    raise ValueError(f'model {name!r}: unknown{meant} Expected one of {known} '
-                     'or another wrn-depth-width with depth 10, 16, 22, 28, 34, ...')
+    raise ValueError(f'model {name!r}: unknown{meant} Expected one of {known}, another wrn-depth-width '
+                     'with depth 10, 16, 22, 28, 34, ..., or mlp-width-width-...')
 
 # %% ../../nbs/training/01_models.ipynb #78389505
 def model_channels(
@@ -445,7 +453,7 @@ def model_channels(
     dataset_channels:int=3, # channels of the data's images
 )->int:                     # channels of the images to give it
     "Channels that a model wants: 3, or the data's own for mlp and the LeNets"
-    return dataset_channels if canonical_name(name) in ('mlp', 'lenet5', 'lenet300-100') else 3
+    return dataset_channels if canonical_name(name).startswith(('mlp', 'lenet')) else 3
 
 # %% ../../nbs/training/01_models.ipynb #cee708e5
 def _network(name, num_classes, image_size, in_channels, dropout, stem, width):
@@ -455,6 +463,7 @@ def _network(name, num_classes, image_size, in_channels, dropout, stem, width):
     if name in resnets: return resnet(*resnets[name], num_classes, stem_kind(image_size, stem), width)
     if name in VITS: return ViT(*VITS[name], num_classes, image_size, width)
     image = dict(image_size=image_size, in_channels=in_channels)
+    if hidden := _hidden_widths(name): return mlp(num_classes, **image, widths=hidden, width=width)
     make = {'alexnet-s': partial(alexnet, units=1024), 'alexnet-b': partial(alexnet, units=2048),
             'vgg-c': partial(vgg, third=1), 'vgg-d': vgg, 'vgg-like': partial(vgg, hidden=1),
             'mlp': partial(mlp, **image), 'lenet300-100': partial(mlp, **image, widths=(300, 100)),
@@ -515,7 +524,7 @@ def _check_network(name, num_classes, image_size, in_channels, dropout, stem, wi
 
 # %% ../../nbs/training/01_models.ipynb #dd44b6c8
 def create_model(
-    name:str,           # one of `model_names`, in any case, with or without dashes
+    name:str,           # one of `model_names`, wrn-depth-width or mlp-width-width-..., in any case
     num_classes:int=10, # width of the output, 1 or more
     image_size:int=32,  # height and width of the images, in pixels
     in_channels:int=3,  # channels of the images: 3 for all but mlp and the LeNets

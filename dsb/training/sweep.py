@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'FIELDS', 'check_spec', 'read_sweep', 'Run', 'make_run', 'sweep_runs', 'chosen', 'differs', 'command',
-           'commit', 'movement', 'read_lines', 'append_line', 'SweepTrainer', 'make_trainer', 'came_of_it', 'made_with',
-           'work', 'Sweep', 'Worker', 'start_worker', 'line_of', 'share_of_cores', 'Cell', 'cell', 'kind', 'kinds',
-           'cells', 'by_seed', 'paired', 'partners', 'SweepTable', 'plot_accuracy', 'plot_paired']
+           'commit', 'movement', 'check_line', 'read_lines', 'append_line', 'SweepTrainer', 'make_trainer',
+           'came_of_it', 'made_with', 'work', 'Sweep', 'Worker', 'start_worker', 'line_of', 'share_of_cores', 'Cell',
+           'cell', 'kind', 'kinds', 'cells', 'by_seed', 'paired', 'partners', 'SweepTable', 'plot_accuracy',
+           'plot_paired']
 
 # %% ../../nbs/training/10_sweep.ipynb #3a742d07
 import json, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from ..core import INK, NEW, SOFT, markdown_table, one_of, processor, text_table, whole_number, write_whole
+from ..core import INK, NEW, SOFT, is_real, markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..sparsify import layer_budgets
 from ..structure.methods import DENSE, METHODS, ignored, usual_alpha
 from .config import OPEN, RECIPES, TrainConfig, check_types, modern, usual_recipe
@@ -120,6 +121,14 @@ def _ratio(d):
     "`usual_ratio` of a config with these fields"
     return TrainConfig.usual_ratio.fget(SimpleNamespace(**d))
 
+def _drop_fraction(d):
+    "Its `alpha`, or where that is None what goes with the method"
+    return usual_alpha(d['method'], _ratio(d)>1, d['rule'], d['grow']) if d['alpha'] is None else d['alpha']
+
+def _without_effect(d):
+    "The names of its fields that make no difference"
+    return ignored(d['method'], _ratio(d)>1, _drop_fraction(d), d['grow'])
+
 # %% ../../nbs/training/10_sweep.ipynb #76c072ca
 def make_run(
     label:str,    # of the method
@@ -130,9 +139,9 @@ def make_run(
     try:
         values, point = modern(values), modern(point)
         check_types(values | point)
-        method = one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
-        pruned = _ratio(DEFAULTS | values | point) > 1
-        point = {k: v for k, v in point.items() if k not in ignored(method, pruned)}
+        one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
+        idle = _without_effect(DEFAULTS | values | point)
+        point = {k: v for k, v in point.items() if k not in idle}
         c = TrainConfig(**values | point)
     except ValueError as e:
         raise ValueError(f"{', '.join(_words(dict(label=label) | point, ' '))}: {e}") from None
@@ -265,6 +274,22 @@ def _as_line(text):
     if not isinstance(keys, dict) or any(isinstance(v, (list, dict)) for v in keys.values()): return None
     return line
 
+# %% ../../nbs/training/10_sweep.ipynb #30b9213c
+_NUMBERS = 'sparsity','seed','final_acc','best_acc','seconds'
+
+def check_line(
+    line:dict,   # of a run that ended well
+    *names:str,  # what is read of it, such as 'run.label' or 'result.final_acc'
+)->dict: # the same
+    "`line` if it has all of that, else a ValueError"
+    for name in names:
+        at = line
+        for k in name.split('.'): at = at.get(k) if isinstance(at, dict) else None
+        if at is None or name.split('.')[-1] in _NUMBERS and not is_real(at):
+            raise ValueError(f"the line of the run {line['run']} has {name}={at!r}: "
+                             "take it out of the file of results, and run it again")
+    return line
+
 # %% ../../nbs/training/10_sweep.ipynb #591ed8bd
 def _whole_lines(path):
     "(lines of the file as objects, bytes of the file that hold them)"
@@ -324,12 +349,13 @@ def make_trainer(
 def came_of_it(
     t:Trainer, # after `fit`
     result:dict, # of `fit`
+    told:str='', # see `unmoved`
 )->dict:
     "The part of a line that a run knows"
     seen = {k: [h[k] for h in t.history if h.get(k) is not None] for k in ('test_acc', 'val_acc')}
     accs, losses = {k: v for k, v in seen.items() if v}, [round(h['train_loss'], 5) for h in t.history]
     return dict(result=result, **accs, train_loss=losses, updates=movement(t.history, result['active']),
-                seconds=result['seconds'])
+                seconds=result['seconds']) | (dict(told=told) if told else {})
 
 # %% ../../nbs/training/10_sweep.ipynb #047c5651
 def made_with()->dict:
@@ -356,7 +382,7 @@ def work(
     if config.device != 'cuda': tune()
     try:
         t = make_trainer(config, folder)
-        outcome = came_of_it(t, t.fit())
+        outcome = came_of_it(t, t.fit(), config.unmoved(t.steps_per_epoch))
     except Interrupted as e: return 128 + e.signum
     except Exception as e:
         import traceback
@@ -392,9 +418,8 @@ def _used(config):
     d = _usual(config) | config
     if d['method'] not in METHODS: return d
     d['initial_ratio'] = _ratio(d)
-    pruned = d['initial_ratio'] > 1
-    if d['alpha'] is None: d['alpha'] = usual_alpha(d['method'], pruned, d['rule'], d['grow'])
-    return {k: v for k, v in d.items() if k not in ignored(d['method'], pruned)}
+    d['alpha'] = _drop_fraction(d)
+    return {k: v for k, v in d.items() if k not in _without_effect(d)}
 
 # %% ../../nbs/training/10_sweep.ipynb #4ef7e777
 def _agree(run, there, where, remedy, free=()):
@@ -421,6 +446,7 @@ def read(self:Sweep):
     for r in self.runs:
         line, begun = self.lines.get(r.id), self.folder/r.name
         if line and 'error' not in line:
+            check_line(line, 'config', 'result.final_acc', 'seconds')
             _agree(r, line['config'], self.out, 'give another --out, or take its line out of the file')
         elif (begun/'last.pt').exists():
             _agree(r, differs(_config_in(begun)), begun, 'give another --out, or remove the folder', OPEN)
@@ -444,7 +470,9 @@ def _duration(s):
 def _came_to(line):
     "The end of a run in a few words"
     if line is None: return ''
-    return line['error'] if 'error' in line else f"{line['result']['final_acc']:.2%}, {_duration(line['seconds'])}"
+    if 'error' in line: return line['error']
+    told = f"; {line['told']}" if line.get('told') else ''
+    return f"{line['result']['final_acc']:.2%}, {_duration(line['seconds'])}{told}"
 
 # %% ../../nbs/training/10_sweep.ipynb #bda8f9b4
 @patch
@@ -732,6 +760,7 @@ class SweepTable:
         value:str='final_acc', # number of a run's result
     ):
         self.lines, self.against, self.value = [l for l in lines if 'error' not in l], against, value
+        for l in self.lines: check_line(l, 'run.label', 'run.sparsity', 'run.seed', f'result.{value}')
         self.kinds = kinds(self.lines)
         self.sparsities = sorted({l['run']['sparsity'] for l in self.lines})
         labels = [keys['label'] for keys in self.kinds.values()]
@@ -757,12 +786,15 @@ def differences(self:SweepTable)->list: # of lists of strings, the head first
 @patch
 def _both(self:SweepTable): return [self.rows()] + ([self.differences()] if self.against is not None else [])
 
+_FEW = 'No ± where there are only one or two runs: too few to say how much seeds differ. Three or more do.'
+
 @patch
-def note(self:SweepTable)->str: # a sentence, or nothing
-    "What is to be said where runs are too few for an interval"
+def note(self:SweepTable)->str: # sentences, or nothing
+    "What is to be said where runs are too few for an interval, or did not do what their settings say"
     shown = [text for rows in self._both() for _, *texts in rows[1:] for text in texts if text]
-    if all('±' in text for text in shown): return ''
-    return 'No ± where there are only one or two runs: too few to say how much seeds differ. Three or more do.'
+    few = [] if all('±' in text for text in shown) else [_FEW]
+    told = {(kind(l['run']), l['told']): None for l in self.lines if l.get('told')}
+    return '\n\n'.join([*few, *(f'{k}: {what}.' for k, what in told)])
 
 # %% ../../nbs/training/10_sweep.ipynb #06770ab7
 def _page(tables, note): return '\n\n'.join([*tables, *[note]*(note != '')])
