@@ -586,7 +586,9 @@ def _places_of(values)->dict: # name -> tensor
 passing = '_collect','collect_key','updater_ref','_kin','left_behind'   # what others hang on a layer for a while
 
 @patch
-def __getstate__(self:SparseLayer): return {k:v for k,v in self.__dict__.items() if k not in passing}
+def __getstate__(self:SparseLayer):
+    mark = {} if self.left_behind is None else dict(left_behind=self.left_behind)
+    return {k:v for k,v in self.__dict__.items() if k not in passing} | mark
 
 @patch
 def __setstate__(self:SparseLayer, state):
@@ -632,7 +634,7 @@ def leave_behind(self:SparseLayer,
 # %% ../nbs/02_layers.ipynb #4d3ebaad
 _lagging = ('the model that this one was copied from has moved weights to other places since, and the values here were '
             'changed all the same, as a moving average does: pass follow=[copy] to dsb.Updater, which keeps its places '
-            'in step; copy.load_state_dict(copy.state_dict()) makes it a model of its own')
+            'in step; or make it a model of its own by m.set_structure(m.structure, m.values) for each sparse layer m')
 
 @patch
 def _check_copy(self:SparseLayer):
@@ -660,6 +662,13 @@ def _watch_own_gradient(self:SparseLayer):
         if me(): me().__dict__['left_behind'] = None
         handle.remove()
     handle = self.values.register_post_accumulate_grad_hook(free)
+
+# %% ../nbs/02_layers.ipynb #bec102da
+@patch
+def _save_to_state_dict(self:SparseLayer, destination, prefix, keep_vars):
+    "Give the state, unless it is useless"
+    if self.left_behind is not None and not self._is_as_left(): raise ValueError(_lagging)
+    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 # %% ../nbs/02_layers.ipynb #e40ba344
 TWINS = {o.dense_type:o for o in (SparseLinear, SparseConv2d, SparseConv1d, SparseConv3d, SparseConvTranspose1d,

@@ -19,7 +19,7 @@ from time import perf_counter
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets, initial_budgets
-from .structure.methods import STARTS, check_setting
+from .structure.methods import SETTINGS, STARTS, check_setting
 from .core import markdown_table, one_of
 from .layers import (PROJECTIONS, SparseAttention, SparseLayer, TWINS, passing,
                         to_autocast, twin_class)
@@ -303,6 +303,7 @@ class _Plan:
     "Which layers of a model may become sparse, and how many weights each gets"
     def __init__(self, model, sparsity, block_size, distribution, dense, also):
         _check_model(model)
+        if sparsity is None and not isinstance(distribution, dict): sparsity = SETTINGS['sparsity'].default
         self.opened,self.also = _opened(model),_types(also)
         self.layers = mods = _candidates(model, self.opened, self.also)
         _check_candidates(model, mods)
@@ -317,7 +318,7 @@ class _Plan:
 # %% ../nbs/03_sparsify.ipynb #d704afc2
 def sparsify(
     model:nn.Module,     # changed in place
-    sparsity:float=.9,   # share of inactive weights over all linear layers and convolutions, in [0, 1); not with a dict
+    sparsity:float=None, # share of inactive weights of linear layers and convolutions, [0, 1); None: .9, or a dict's
     block_size:int=16,   # B, or 0 for unstructured layers
     distribution='erk',  # 'uniform', 'er', 'erk', or a dict layer name -> density
     dense=None,          # what stays dense: names, types or a predicate of (name, module); None: by distribution
@@ -360,7 +361,7 @@ def _sparse_twin(m, b, block_size, start, generator, init, also=(), first=None):
 # %% ../nbs/03_sparsify.ipynb #3439dacf
 def layer_budgets(
     model:nn.Module,     # as for `sparsify`; left as it is
-    sparsity:float=.9,   # as there
+    sparsity:float=None, # as there
     block_size:int=16,   # as there
     distribution='erk',  # as there
     dense=None,          # as there

@@ -60,6 +60,15 @@ def _config(folder):
     except (OSError, ValueError): return
     return config.get('dsb') if isinstance(config, dict) else None
 
+# %% ../../nbs/production/02_files.ipynb #de727a7c
+def _tensors_of(model):
+    "The state of a model on the CPU, each tensor in memory of its own"
+    state = model.state_dict()
+    for k,v in state.items():
+        if not isinstance(v, torch.Tensor): raise ValueError(f'{k} of the model is of type {type(v).__name__}: a '
+            '.safetensors file holds tensors only; keep such a state by torch.save(model.state_dict(), path)')
+    return {k:v.detach().cpu().clone().contiguous() for k,v in state.items()}
+
 # %% ../../nbs/production/02_files.ipynb #555b2bab
 def save(
     model:nn.Module, # sparse, dense or folded
@@ -70,7 +79,7 @@ def save(
     "Write a model as a file that `load` reads"
     path,model,folder = Path(path),unwrapped(model),Path(path).suffix!='.safetensors'
     if folder: _check_folder(path)
-    tensors = {k:v.detach().cpu().clone().contiguous() for k,v in model.state_dict().items()}
+    tensors = _tensors_of(model)
     about = _described(model, tensors, network, images)
     file = path/'model.safetensors' if folder else path
     with whole_file(file) as tmp:

@@ -109,8 +109,8 @@ def _is_norm(m, kind)->bool: return type(m) is kind and m.running_mean is not No
 def _match(a, b):
     "(layer, BatchNorm, is the BatchNorm behind it?) if one of two neighbours can take up the other, or None"
     if type(a) in _CONV and _is_norm(b, nn.BatchNorm2d): return a,b,True
-    if type(a) in _LINEAR and _is_norm(b, nn.BatchNorm1d): return a,b,True
-    if _is_norm(a, nn.BatchNorm1d) and type(b) in _LINEAR: return b,a,False
+    if type(a) in _LINEAR and _is_norm(b, nn.BatchNorm1d) and b.num_features==a.out_features: return a,b,True
+    if _is_norm(a, nn.BatchNorm1d) and type(b) in _LINEAR and a.num_features==b.in_features: return b,a,False
 
 # %% ../../nbs/production/01_fold.ipynb #54c3275b
 def _single(model):

@@ -247,12 +247,14 @@ def _check_request(block_size, dense, names):
 
 # %% ../../nbs/structure/03_density.ipynb #94407a25
 def _check_distribution(distribution, sparsity, names):
-    "Raise unless it is a known name, with a sparsity, or gives densities to layers among `names`"
+    "Raise unless it is a known name, with a sparsity, or gives densities to layers among `names` instead"
     if not isinstance(distribution, dict):
         one_of(distribution, DISTRIBUTIONS, 'distribution')
         if not 0<=sparsity<1: raise ValueError(f"sparsity={sparsity}: expected a number in [0, 1), "
                                                "the share of weights that are zero")
         return
+    if sparsity is not None:
+        raise ValueError(f"sparsity={sparsity} with a density for each layer: these decide it, leave the sparsity out")
     for n,d in distribution.items():
         one_of(n, names, 'layer in distribution')
         if not 0<d<=1: raise ValueError(f"density of {n!r}: got {d}, expected a number in (0, 1]; "
@@ -317,7 +319,7 @@ def _sparse_budget(cap, full, short, block_size)->Budget:
 # %% ../../nbs/structure/03_density.ipynb #d7b5a462
 def budgets(
     shapes:dict,        # layer name -> weight shape, (O, I/groups, kh, kw) or (O, I)
-    sparsity:float,     # share of inactive weights over all layers, in [0, 1); not used if `distribution` is a dict
+    sparsity:float,     # share of inactive weights over all layers, in [0, 1); None if `distribution` is a dict
     block_size:int,     # B, 0 for single weights
     distribution='erk', # 'uniform', 'er', 'erk', or a dict layer name -> density in (0, 1]
     dense=(),           # names of layers that stay dense
