@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
 from .kernels.reference import ConvArgs
 from .ops import (autocasts, check_tensor, structure_of, renew_kept, block_linear, block_conv2d,
-                     block_conv_transpose2d, revealed, set_collector)
+                     block_conv_transpose2d, revealed, scattered, set_collector)
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -136,6 +136,8 @@ def density(self:SparseLayer)->float:
 def _matrix(self:SparseLayer)->Tensor: # (O, K)
     "The weight as a dense matrix, differentiable in `values`"
     if self.left_behind is not None: self._check_copy()
+    if not self.block_size and torch.compiler.is_compiling():
+        return scattered(self.values, self.flat, self.checksum, *self.shape)
     return self.structure.scatter(self.values)
 
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
            'sometimes_dense', 'structure_of', 'recall', 'renew_kept', 'operator', 'set_collector', 'revealed',
-           'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline', 'autocasts',
-           'check_tensor', 'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
+           'scattered', 'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline',
+           'autocasts', 'check_tensor', 'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
 import importlib, importlib.util, math, sys, warnings, weakref
@@ -374,6 +374,24 @@ def _keep_key(ctx, inputs, output): ctx.key = inputs[1]
 def _revealed_gradient(ctx, dW): return _revealed_backward(dW, ctx.key),None
 revealed.register_autograd(_revealed_gradient, setup_context=_keep_key, again=True)
 _revealed_backward.register_autograd(lambda ctx, ddW: (ddW,None), setup_context=_keep_key, again=True)
+
+# %% ../nbs/01_ops.ipynb #6bc81b07
+@operator('dsb::scattered')
+def scattered(
+    values:Tensor,   # (nnz, 1)
+    flat:Tensor,     # (nnz,) int32, their places in the dense weight, row after row
+    checksum:Tensor, # (64,) bool, that of the places
+    O:int, K:int,    # shape of the dense weight
+)->Tensor: # (O, K)
+    "The dense weight of single entries, differentiable in `values`"
+    return structure_of((flat,), 0, (O,K), 1, checksum).scatter(values)
+
+@scattered.register_fake
+def _(values, flat, checksum, O, K): return values.new_empty(O, K)
+
+def _keep_places(ctx, inputs, output): ctx.save_for_backward(inputs[1])
+def _gathered(ctx, dW): return dW.flatten()[ctx.saved_tensors[0]].unsqueeze(1),None,None,None,None
+scattered.register_autograd(_gathered, setup_context=_keep_places)
 
 # %% ../nbs/01_ops.ipynb #390db33d
 def _sum_squares(

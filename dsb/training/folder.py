@@ -84,6 +84,16 @@ def _make_new(out):
         except OSError as e: raise _cannot_write(out, e) from None
         return i, [numbered(out, i), *above]
 
+# %% ../../nbs/training/07_folder.ipynb #a23f602a
+def _foreign(path):
+    "A file that a run would overwrite and that is not of a run which was killed before its first checkpoint; or None"
+    if os.path.exists(path/'best.pt'): return 'best.pt'
+    if not os.path.exists(path/'config.json'): return None
+    try: config = json.loads((path/'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): config = None
+    own = isinstance(config, dict) and {'model','data_set','method'} <= config.keys()
+    return None if own else 'config.json'
+
 # %% ../../nbs/training/07_folder.ipynb #8ad2c613
 class Claim:
     "A folder, made if need be, that is one run's own from now until `release`"
@@ -98,6 +108,9 @@ class Claim:
             self.path = numbered(self.path, self.number)
         self.seen = _stamp(self.path/'last.pt') if resume else None
         if not resume and _stamp(self.path/'last.pt'): self._refuse()
+        if not resume and (file := _foreign(self.path)):
+            raise ValueError(f"{self.path} holds a {file} that no run left there without a last.pt: "
+                             "choose another --out, or remove it")
         self.take()
 
 # %% ../../nbs/training/07_folder.ipynb #e5917fb4

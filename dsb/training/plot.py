@@ -7,7 +7,7 @@ __all__ = ['figure', 'plain_axes', 'plot_mask', 'plot_groups', 'plot_masks', 'Fi
            'read_masks', 'log_masks', 'plot_density', 'was_validated', 'was_pruned', 'plot_curves', 'plot_lr']
 
 # %% ../../nbs/training/04_plot.ipynb #cc0a1178
-import json
+import json, warnings
 from base64 import b64decode, b64encode
 from io import BytesIO
 from pathlib import Path
@@ -362,8 +362,20 @@ def read_masks(
 )->list: # moments, each with `step`, `density` and `parts`; none if there is no such file
     "The film that a run has kept"
     if not Path(file).exists(): return []
-    try: return [json.loads(o) for o in Path(file).read_text(encoding='utf-8').splitlines()]
-    except ValueError: raise ValueError(f'{file} is damaged: remove it, and the run has no film') from None
+    try: return [_as_moment(json.loads(o)) for o in Path(file).read_text(encoding='utf-8').splitlines()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{file} is damaged: remove it, and the run has no film') from None
+
+def _as_moment(f):
+    "A line of the file, if it is one"
+    float(f['step']), f['density'].items(), [p['rows'] for p in f['parts'].values()]
+    return f
+
+def _moments_before(file, step, layers):
+    "What a film in a file has of earlier steps; nothing if it is damaged or of other layers"
+    try: film = [f for f in read_masks(file) if f['step'] < step]
+    except ValueError as e: film = warnings.warn(f'{e}; it begins anew') or []
+    return [f for f in film if f['parts'].keys() <= layers.keys()]
 
 def log_masks(
     file,            # to add to
@@ -373,7 +385,8 @@ def log_masks(
     size:tuple=(64, 288), # rows and columns to keep of each layer
 ):
     "Add the present moment to the film in a file"
-    layers, before = _layers_of(model), [f for f in read_masks(file) if f['step'] < step]
+    layers = _layers_of(model)
+    before = _moments_before(file, step, layers)
     if len(before) >= most: before = before[::2]
     rows = {n: torch.tensor(p['rows']) for f in before[:1] for n, p in f['parts'].items()}
     rows = rows or _kept_rows(layers, 6, size[0])

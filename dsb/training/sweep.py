@@ -22,8 +22,8 @@ import torch
 from fastcore.basics import patch
 from ..core import INK, NEW, SOFT, is_real, markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..sparsify import layer_budgets
-from ..structure.methods import DENSE, METHODS, ignored, usual_alpha
-from .config import OPEN, RECIPES, TrainConfig, check_types, modern, usual_recipe
+from ..structure.methods import DENSE, METHODS, SETTINGS, ignored, usual_alpha
+from .config import OPEN, RECIPES, TrainConfig, check_types, choose_method, modern, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import figure, plain_axes
@@ -129,6 +129,16 @@ def _without_effect(d):
     "The names of its fields that make no difference"
     return ignored(d['method'], _ratio(d)>1, _drop_fraction(d), d['grow'])
 
+# %% ../../nbs/training/10_sweep.ipynb #9019f0d7
+def _with_method(values, point):
+    "`values` with the method that is meant where nobody names one"
+    given = values | point
+    if given.get('method') is not None: return values
+    block_size = given.get('block_size')
+    usual = SETTINGS['block_size'].default
+    method,*_ = choose_method(None, given.get('sparsity'), usual if block_size is None else block_size)
+    return values | dict(method=method)
+
 # %% ../../nbs/training/10_sweep.ipynb #76c072ca
 def make_run(
     label:str,    # of the method
@@ -139,7 +149,8 @@ def make_run(
     try:
         values, point = modern(values), modern(point)
         check_types(values | point)
-        one_of((values | point).get('method', DEFAULTS['method']), METHODS, 'method')
+        values = _with_method(values, point)
+        one_of((values | point)['method'], METHODS, 'method')
         idle = _without_effect(DEFAULTS | values | point)
         point = {k: v for k, v in point.items() if k not in idle}
         c = TrainConfig(**values | point)
