@@ -307,7 +307,7 @@ def _count(bits:Tensor)->int:
 # %% ../nbs/04_topology.ipynb #fcb00068
 class Updater:
     "Drops and grows weights of a sparse model while it trains"
-    prune_end = None
+    prune_end,told_of_lost = None,False
     def __init__(self,
         model:torch.nn.Module,      # with sparse layers; may be in a `DistributedDataParallel` or compiled
         opt:torch.optim.Optimizer,  # that holds their values, or a list; their state moves with them
@@ -735,6 +735,7 @@ def _update(self:Updater):
     "Update every layer"
     _check_state(self.levels, self.layers)
     f,trained = drop_fraction(self.t, self.T_end, self.alpha, self.schedule),_held(self.levels)
+    self._tell_of_lost(trained)
     self.updates += 1
     report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
     if report.total('pruned'): self._tell_of_sizes()
@@ -756,6 +757,18 @@ def _varies(layers):
     for m in layers:
         changing = (m.values, m.cols if m.block_size else m.flat) if m.pruning else ()
         for t in changing: torch._dynamo.maybe_mark_dynamic(t, 0)
+
+# %% ../nbs/04_topology.ipynb #534f4176
+@patch
+def _tell_of_lost(self:Updater, trained):
+    "Say which layers take gradients that no optimizer uses"
+    def lost(m): return m.values.requires_grad and m.values.grad is not None and id(m.values) not in trained
+    names = [n for n,m in self.layers.items() if lost(m)]
+    if not names or self.told_of_lost: return
+    self.told_of_lost,others = True,f' (and {len(names)-1} more)' if len(names)>1 else ''
+    warnings.warn(f'dsb: {names[0]!r}{others} takes gradients, but the optimizer does not hold its values, so it is '
+                  'not trained and does not move; make the optimizer after load_state_dict(assign=True), or load '
+                  'without assign')
 
 # %% ../nbs/04_topology.ipynb #2e2a3ac6
 @patch
