@@ -357,10 +357,15 @@ class SparseConv3d(SparseLayer, nn.Conv3d):
         self.args = ConvArgs(self.kernel_size[1:], self.stride[1:], padding, self.dilation[1:], self.groups)
 
 # %% ../nbs/02_layers.ipynb #2aab4bb4
+def _depth(x, k, stride, dilation)->int:
+    "Layers of the result of a convolution over the depth of a volume (N, C, D, H, W)"
+    D = (x.shape[2] - dilation*(k-1) - 1)//stride + 1
+    if D>0: return D
+    raise RuntimeError(f'volumes of depth {x.shape[2]}: expected at least {dilation*(k-1)+1}')
+
 def _slabs(x, k, stride, dilation)->Tensor: # (N·Do, C·k, H, W)
     "The `k` layers of a volume (N, C, D, H, W) that make each layer of the result, as channels"
-    D = (x.shape[2] - dilation*(k-1) - 1)//stride + 1
-    if D<1: raise RuntimeError(f'volumes of depth {x.shape[2]}: expected at least {dilation*(k-1)+1}')
+    D = _depth(x, k, stride, dilation)
     at = torch.arange(D, device=x.device)[:,None]*stride + torch.arange(k, device=x.device)*dilation
     return x[:,:,at].transpose(1,2).flatten(2,3).flatten(0,1)
 
@@ -374,9 +379,10 @@ def forward(self:SparseConv3d, x):
     if not self.block_size:
         return F.conv3d(x, self._revealed_weight(), self.bias, self.stride, (0,*a.padding), self.dilation, self.groups)
     x,v,b = to_autocast(x, self.values, self.bias)
-    images = _slabs(x, self.kernel_size[0], self.stride[0], self.dilation[0])
+    over = self.kernel_size[0], self.stride[0], self.dilation[0]
+    images = _slabs(x, *over)
     y = block_conv2d(images, v, b, self, a, self.collect_key, self.checksum)
-    return y.unflatten(0, (len(x),-1)).transpose(1,2)
+    return y.unflatten(0, (len(x), _depth(x, *over))).transpose(1,2)
 
 # %% ../nbs/02_layers.ipynb #081374cb
 class SparseConvTranspose2d(SparseLayer, nn.ConvTranspose2d):

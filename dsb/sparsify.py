@@ -519,6 +519,13 @@ def _costs(model, x, layers)->dict:
         for m,t in was.items(): m.training = t
     return {n:(flops[n], min(o[n] for o in times)) for n in flops}
 
+# %% ../nbs/03_sparsify.ipynb #15152491
+def _check_made(model):
+    "Raise for lazy layers, which have no weight before the first call"
+    for n,m in named_modules(model):
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params():
+            raise ValueError(f'{n}: its weight is not made yet: call the model once')
+
 # %% ../nbs/03_sparsify.ipynb #5d954071
 def summary(
     model:nn.Module, # sparse or not
@@ -526,6 +533,7 @@ def summary(
 )->Summary:
     "Table of the model's linear and convolution layers, as they would be computed here and now"
     reasons = getattr(unwrapped(model), 'dsb_reasons', {})
+    _check_made(model)
     layers = {n:m for n,m in named_modules(model) if _is_counted(n, m, reasons)}
     rows = [_summary_row(n, m, reasons) for n,m in layers.items()]
     costs = {} if x is None else _costs(model, x if isinstance(x, tuple) else (x,), layers)
