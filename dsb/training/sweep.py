@@ -21,13 +21,12 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from ..core import INK, NEW, SOFT, is_real, markdown_table, one_of, processor, text_table, whole_number, write_whole
-from ..sparsify import layer_budgets
 from ..structure.methods import DENSE, METHODS, SETTINGS, ignored, usual_alpha
 from .config import OPEN, RECIPES, TrainConfig, check_types, choose_method, modern, usual_recipe
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import figure, plain_axes
-from .train import MAY_CHANGE, Trainer, data_shape, width_of
+from .train import MAY_CHANGE, Trainer, check_budgets, data_shape, width_of
 from .tune import tune
 
 # %% ../../nbs/training/10_sweep.ipynb #a8a0d0ee
@@ -173,7 +172,7 @@ def _check_buildable(run, built):
     try:
         shape = data_shape(c)
         with torch.device('meta'): model = create_model(c.model, dropout=c.dropout, width=width_of(c, shape), **shape)
-        if c.method not in DENSE: layer_budgets(model, c.sparsity, c.block_size, c.distribution)
+        if c.method not in DENSE: check_budgets(c, model)
     except ValueError as e: raise ValueError(f"{run}: {e}") from None
     built.add(net)
 

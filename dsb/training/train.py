@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'Deserted', 'join_group', 'leave_group', 'tell_failure', 'pick_device', 'structure_checksum',
-           'data_shape', 'width_of', 'build_model', 'Trainer', 'compiled_so_far', 'state_bytes', 'dense_work',
-           'mean_density', 'mean_flops', 'flops_words', 'draw_run', 'check_data', 'saved_shape', 'restored']
+           'data_shape', 'width_of', 'check_budgets', 'build_model', 'Trainer', 'compiled_so_far', 'state_bytes',
+           'dense_work', 'mean_density', 'mean_flops', 'flops_words', 'draw_run', 'check_data', 'saved_shape',
+           'restored']
 
 # %% ../../nbs/training/09_train.ipynb #ed8cae86
 import json, math, os, shutil, socket, sys, time, warnings, zlib
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from ..core import Shown, markdown_table, one_of, whole_file, write_whole, watched
 from ..fuse import fuse
-from ..sparsify import sparse_layers, sparsify, summary
+from ..sparsify import layer_budgets, sparse_layers, sparsify, summary
 from ..structure.methods import DENSE, METHODS
 from ..structure.rules import RULES
 from ..topology import Updater, pack_mask, rule_name, unpack_mask
@@ -169,6 +170,18 @@ def _usual_start(config):
     "The start that goes with the method, or with the rule if that has one of its own"
     return getattr(RULES.get(config.rule), 'start', METHODS[config.method].start)
 
+# %% ../../nbs/training/09_train.ipynb #28d3dfcb
+def check_budgets(
+    config:TrainConfig, # of a sparse method
+    model:nn.Module,    # its dense network, perhaps on the meta device
+):
+    "Raise where a network cannot have the sparsity of a config, or none at all"
+    c = config
+    if any(b.active < b.size for b in layer_budgets(model, c.sparsity, c.block_size, c.distribution).values()): return
+    unit = f'a block of {c.block_size}×{c.block_size}' if c.block_size else 'a weight'
+    raise ValueError(f"sparsity={c.sparsity} of {c.model}: no layer would lose as much as {unit}; give a larger "
+                     "sparsity or a smaller block size, or use method dense")
+
 # %% ../../nbs/training/09_train.ipynb #b8000c5d
 def build_model(
     config:TrainConfig, # `start` None: the method's or the rule's own; `initial_ratio` None: 1
@@ -180,6 +193,7 @@ def build_model(
         torch.default_generator.manual_seed(c.seed)
         model = create_model(c.model, dropout=c.dropout, width=width_of(c, shape), **shape)
     if c.method in DENSE: return model
+    check_budgets(c, model)
     g, start = torch.Generator().manual_seed(c.seed), c.start or _usual_start(c)
     return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start,
                     initial_ratio=c.initial_ratio or 1)
