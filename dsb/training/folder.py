@@ -108,10 +108,11 @@ class Claim:
             self.path = numbered(self.path, self.number)
         self.seen = _stamp(self.path/'last.pt') if resume else None
         if not resume and _stamp(self.path/'last.pt'): self._refuse()
+        self.take()
         if not resume and (file := _foreign(self.path)):
+            self.undo()
             raise ValueError(f"{self.path} holds a {file} that no run left there without a last.pt: "
                              "choose another --out, or remove it")
-        self.take()
 
 # %% ../../nbs/training/07_folder.ipynb #e5917fb4
 @patch
