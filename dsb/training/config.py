@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'CHOICES', 'OPEN', 'choose_method', 'Recipe', 'usual_recipe', 'TrainConfig', 'modern', 'check_types',
-           'config_from', 'lr_at', 'make_optimizer', 'state_copies']
+           'config_from', 'lr_at', 'first_alpha', 'make_optimizer', 'state_copies']
 
 # %% ../../nbs/training/06_config.ipynb #43a3837f
 import math
@@ -327,13 +327,22 @@ def lr_at(
 # %% ../../nbs/training/06_config.ipynb #7599f704
 def _end_of_updates(c, planned): return c.T_end or max(1, min(SETTINGS['T_end'].default, planned*3//4))
 
+# %% ../../nbs/training/06_config.ipynb #6591837a
+def first_alpha(
+    config,      # a `TrainConfig`, or what has its `method`, `rule`, `grow` and `alpha`
+    pruned:bool, # does the network begin with more weights than it ends with?
+)->float: # in [0, 1]
+    "The drop fraction at step 0"
+    c = config
+    return usual_alpha(c.method, pruned, c.rule, c.grow) if c.alpha is None else c.alpha
+
 # %% ../../nbs/training/06_config.ipynb #5d1116e2
 _UPDATES = 40  # at least so many in a run, where it has the steps
 
 def _interval(c, planned):
     usual = max(1, min(SETTINGS['T'].default, planned//_UPDATES))
-    alpha = usual_alpha(c.method, c.usual_ratio>1, c.rule, c.grow) if c.alpha is None else c.alpha
-    idle = 'accumulate' in ignored(c.method, c.usual_ratio>1, alpha, c.grow)
+    pruned = c.usual_ratio>1
+    idle = 'accumulate' in ignored(c.method, pruned, first_alpha(c, pruned), c.grow)
     return c.T or (usual if idle else max(usual, c.accumulate))
 
 # %% ../../nbs/training/06_config.ipynb #fffdf978
@@ -355,8 +364,8 @@ def settled(self:TrainConfig,
     planned = self.epochs*steps_per_epoch
     T = _interval(self, planned)
     ratio, end = _pruning(self, T, planned)
-    alpha = usual_alpha(self.method, end is not None, self.rule, self.grow) if self.alpha is None else self.alpha
-    return replace(self, T=T, T_end=_end_of_updates(self, planned), alpha=alpha, initial_ratio=ratio, prune_end=end)
+    alpha,T_end = first_alpha(self, end is not None),_end_of_updates(self, planned)
+    return replace(self, T=T, T_end=T_end, alpha=alpha, initial_ratio=ratio, prune_end=end)
 
 # %% ../../nbs/training/06_config.ipynb #d28e39fe
 def _idle(c, settled):

@@ -371,6 +371,7 @@ def _as_moment(f):
     float(f['step']), f['density'].items(), [p['rows'] for p in f['parts'].values()]
     return f
 
+# %% ../../nbs/training/04_plot.ipynb #8fc15ca1
 def _moments_before(file, step, layers):
     "What a film in a file has of earlier steps; nothing if it is damaged or of other layers"
     try: film = [f for f in read_masks(file) if f['step'] < step]

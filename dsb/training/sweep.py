@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from ..core import INK, NEW, SOFT, is_real, markdown_table, one_of, processor, text_table, whole_number, write_whole
-from ..structure.methods import DENSE, METHODS, SETTINGS, ignored, usual_alpha
-from .config import OPEN, RECIPES, TrainConfig, check_types, choose_method, modern, usual_recipe
+from ..structure.methods import DENSE, METHODS, SETTINGS, ignored
+from .config import (OPEN, RECIPES, TrainConfig, check_types, choose_method, first_alpha, modern,
+                                 usual_recipe)
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import figure, plain_axes
@@ -120,9 +121,7 @@ def _ratio(d):
     "`usual_ratio` of a config with these fields"
     return TrainConfig.usual_ratio.fget(SimpleNamespace(**d))
 
-def _drop_fraction(d):
-    "Its `alpha`, or where that is None what goes with the method"
-    return usual_alpha(d['method'], _ratio(d)>1, d['rule'], d['grow']) if d['alpha'] is None else d['alpha']
+def _drop_fraction(d): return first_alpha(SimpleNamespace(**d), _ratio(d)>1)
 
 def _without_effect(d):
     "The names of its fields that make no difference"
