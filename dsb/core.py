@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CACHE_REMEDY', 'INK', 'NEW', 'OLD', 'SOFT', 'ACTIVE', 'GROWN', 'DROPPED', 'GROUPS', 'nearest', 'one_of', 'is_whole',
-           'is_real', 'whole_number', 'try_lock', 'whole_file', 'remove_abandoned', 'write_whole', 'is_mine',
-           'cache_folders', 'private_folder', 'cache_dir', 'settle_matplotlib', 'book_colours', 'cpu_info', 'processor',
-           'text_table', 'markdown_table', 'Shown', 'keep_stored', 'say', 'watched']
+           'is_real', 'whole_number', 'real_number', 'try_lock', 'whole_file', 'remove_abandoned', 'write_whole',
+           'is_mine', 'cache_folders', 'private_folder', 'cache_dir', 'settle_matplotlib', 'book_colours', 'cpu_info',
+           'processor', 'text_table', 'markdown_table', 'Shown', 'keep_stored', 'say', 'watched']
 
 # %% ../nbs/00_core.ipynb #aa0374b4
 import contextlib, os, platform, re, secrets, stat, sys, tempfile
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #c2361b32
@@ -69,6 +70,17 @@ def whole_number(
     if is_whole(v) and v>=least and (most is None or v<=most): return v
     limits = f'at least {least}' if most is None else f'from {least} to {most}'
     raise ValueError(f"{what}={v!r}: expected a whole number{of and f' of {of}'}, {limits}")
+
+# %% ../nbs/00_core.ipynb #399ad737
+def real_number(
+    v,        # what was got
+    what,     # the argument's name
+    expected, # what fits, in words
+    fits,     # function of a number: does it fit?
+): # `v`
+    "`v` if it is a number that fits, else a ValueError"
+    if isinstance(v, Real) and not isinstance(v, bool) and fits(v): return v
+    raise ValueError(f'{what}={v!r}: expected {expected}')
 
 # %% ../nbs/00_core.ipynb #6c6ed14e
 def _to_disk(

@@ -245,11 +245,14 @@ def _opened(model)->dict:
     return {m:_open(m) for m in found if not isinstance(m, SparseAttention) and not _closed(m, users)}
 
 # %% ../nbs/03_sparsify.ipynb #fcae801d
-def _check_options(block_size, init, start):
+def _check_options(block_size, init, start, generator=None):
     "Raise for options that no model can satisfy"
     check_setting('block_size', block_size)
     one_of(init, ('keep','fan_in'), 'init')
     one_of(start, (None,*STARTS), 'start')
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ValueError(f'generator={generator!r}: expected None or a torch.Generator, such as '
+                         'torch.Generator().manual_seed(0)')
     if start=='cover' and not block_size:
         raise ValueError("start='cover' with block_size=0: it spreads blocks over the input channels; "
                          "use 'random' or 'magnitude'")
@@ -329,7 +332,7 @@ def sparsify(
     also=(),             # types, such as `nn.Linear`, whose subclasses become sparse too
 )->nn.Module: # the model; a new layer if `model` itself is one
     "Replace linear and convolution layers by sparse ones with a given total density, or more than that at the start"
-    _check_options(block_size, init, start)
+    _check_options(block_size, init, start, generator)
     p = _Plan(model, sparsity, block_size, distribution, dense, also)
     _check_numbers(p.layers)
     early = {} if initial_ratio==1 else initial_budgets(p.budgets, initial_ratio, p.shapes, block_size, p.groups)
@@ -636,8 +639,8 @@ def densify(
     model:nn.Module, # with sparse layers; not changed
 )->nn.Module: # a copy without any, each layer of the type that it had
     "A dense model that computes the same function"
-    new = copy.deepcopy(model)
-    for p,q in zip(model.parameters(), new.parameters()): q.__dict__.update(p.__dict__)   # torch does not copy these
+    params,new = unwrapped(model).parameters(),copy.deepcopy(model)
+    for p,q in zip(params, new.parameters()): q.__dict__.update(p.__dict__)   # torch does not copy these
     unwrapped(new).__dict__.pop('dsb_reasons', None)
     new = _swap(new, {m:_dense_twin(m) for m in sparse_layers(new).values()})
     return _swap(new, {m:_close(m) for m in new.modules() if isinstance(m, SparseAttention)})

@@ -409,10 +409,19 @@ def _keep_places(m, structure):
     kept.keep(structure)
 
 # %% ../nbs/04_topology.ipynb #7931e68a
-def _is_average(o)->bool:
-    "Is it a moving average as torch and timm make them?"
-    kinds = type(o).__mro__
-    return AveragedModel in kinds or any(k.__module__=='timm.utils.model_ema' for k in kinds)
+def _derived(kinds)->set:
+    "Classes, with all that derive from them"
+    found,new = set(),set(kinds)
+    while new:
+        found |= new
+        new = {d for k in new for d in type.__subclasses__(k)}-found
+    return found
+
+def _kinds_of_average()->set:
+    "The classes of moving averages that torch and timm make, with all that derive from them"
+    timm = sys.modules.get('timm.utils.model_ema')
+    own = [k for k in vars(timm).values() if isinstance(k, type) and k.__module__==timm.__name__] if timm else []
+    return _derived([AveragedModel, *own])
 
 def _copies_in(layers, model)->dict:
     "Name in `layers` -> its copy in a model, with the same places; nothing unless each has one"
@@ -437,8 +446,9 @@ def _find_averages(self:Updater):
     new = [o for o in next(iter(self.layers.values())).copies() if o not in self.known]
     if not new: return
     self.known.update(new)
-    for o in gc.get_objects():
-        found = _copies_in(self.layers, averaged_model(o)) if _is_average(o) else {}
+    kinds = _kinds_of_average()
+    for o in [o for o in gc.get_objects() if type(o) in kinds]:   # there can be millions of objects
+        found = _copies_in(self.layers, averaged_model(o))
         if any(c in new for c in found.values()): self._tie(found)
 
 # %% ../nbs/04_topology.ipynb #50d6d8f1

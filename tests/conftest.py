@@ -5,6 +5,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault('MPLBACKEND', 'agg')
+# Before torch is imported: several files at once with several threads each only wait for each other. A test of threads
+# says how many it wants.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 settings.register_profile('dsb', deadline=None, derandomize=True)
 settings.load_profile('dsb')
 

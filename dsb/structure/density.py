@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import NamedTuple
 from fastcore.basics import patch
-from ..core import markdown_table, one_of
+from ..core import markdown_table, one_of, real_number
 
 # %% ../../nbs/structure/03_density.ipynb #b1e19cfb
 def uniform(
@@ -250,15 +250,14 @@ def _check_distribution(distribution, sparsity, names):
     "Raise unless it is a known name, with a sparsity, or gives densities to layers among `names` instead"
     if not isinstance(distribution, dict):
         one_of(distribution, DISTRIBUTIONS, 'distribution')
-        if not 0<=sparsity<1: raise ValueError(f"sparsity={sparsity}: expected a number in [0, 1), "
-                                               "the share of weights that are zero")
+        real_number(sparsity, 'sparsity', 'a number in [0, 1), the share of weights that are zero', lambda v: 0<=v<1)
         return
     if sparsity is not None:
         raise ValueError(f"sparsity={sparsity} with a density for each layer: these decide it, leave the sparsity out")
     for n,d in distribution.items():
         one_of(n, names, 'layer in distribution')
-        if not 0<d<=1: raise ValueError(f"density of {n!r}: got {d}, expected a number in (0, 1]; "
-                                        "to keep a layer dense, give it 1 or leave it out")
+        real_number(d, f'density of {n!r}', 'a number in (0, 1]; to keep a layer dense, give it 1 or leave it out',
+                    lambda v: 0<v<=1)
 
 # %% ../../nbs/structure/03_density.ipynb #6c635582
 def _reasons(shapes, block_size, distribution, dense, groups)->dict:
@@ -353,8 +352,8 @@ def initial_budgets(
     shapes:dict, block_size:int, groups:dict=None, # as for `budgets`
 )->Budgets: # of the layers that are sparse in the end; even full ones are sparse layers
     "What the layers begin with, in proportion to what they end with"
-    if not 1<=ratio<inf: raise ValueError(f'initial_ratio={ratio}: expected a number of at least 1, the weights at '
-                                          'the start over those at the end')
+    real_number(ratio, 'initial_ratio', 'a number of at least 1, the weights at the start over those at the end',
+                lambda v: 1<=v<inf)
     sparse,groups = {n:b for n,b in final.items() if not b.reason},groups or {}
     if not sparse: return Budgets()
     caps = {n:capacity(shapes[n], block_size, groups.get(n,1)) for n in sparse}

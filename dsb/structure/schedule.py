@@ -7,14 +7,14 @@ __all__ = ['SCHEDULES', 'drop_fraction', 'is_update', 'left_to_prune']
 
 # %% ../../nbs/structure/04_schedule.ipynb #2dfa4aea
 from math import cos, pi
-from ..core import one_of
+from ..core import one_of, real_number
 
 # %% ../../nbs/structure/04_schedule.ipynb #d7b0957c
 SCHEDULES = 'cosine','linear','constant'
 
 def _check_end(T_end):
     "Raise unless updates end at a step after the first"
-    if not T_end>0: raise ValueError(f"T_end={T_end}: expected a positive step, the one at which updates end")
+    real_number(T_end, 'T_end', 'a positive step, the one at which updates end', lambda v: v>0)
 
 # %% ../../nbs/structure/04_schedule.ipynb #1b074df7
 def drop_fraction(
@@ -25,10 +25,9 @@ def drop_fraction(
 )->float: # in [0, alpha], 0 from `T_end` on
     "Share of the active weights that an update at step `t` drops"
     one_of(schedule, SCHEDULES, 'schedule')
-    if not 0<=alpha<=1:
-        raise ValueError(f"alpha={alpha}: expected a number in [0, 1], the share of weights dropped at step 0")
+    real_number(alpha, 'alpha', 'a number in [0, 1], the share of weights dropped at step 0', lambda v: 0<=v<=1)
     _check_end(T_end)
-    if not t>=0: raise ValueError(f"t={t}: expected a step counted from 0")
+    real_number(t, 't', 'a step counted from 0', lambda v: v>=0)
     if t>=T_end: return 0.
     if schedule=='constant': return alpha
     if schedule=='linear': return alpha*(1-t/T_end)
@@ -41,7 +40,7 @@ def is_update(
     T_end:int, # step at which updates end, positive
 )->bool:
     "Whether the active weights change after step `t`"
-    if not T>0: raise ValueError(f"T={T}: expected a positive number of steps between updates")
+    real_number(T, 'T', 'a positive number of steps between updates', lambda v: v>0)
     _check_end(T_end)
     return (t+1)%T==0 and t<T_end
 

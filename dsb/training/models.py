@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fastcore.basics import patch
 
-from ..core import nearest, one_of, whole_number
+from ..core import nearest, one_of, real_number, whole_number
 
 # %% ../../nbs/training/01_models.ipynb #8d098fb6
 def out_shape(
@@ -433,6 +433,7 @@ def canonical_name(
     name:str, # name of a model, in any case, with or without dashes
 )->str:       # the same as in `model_names`, or as wrn-depth-width or mlp-width-width-...
     "The one spelling of a model's name"
+    name = str(name)
     names = {_squash(n): n for n in model_names()} | {'mlpcifar10': 'mlp'}
     squashed, wide = _squash(name), re.fullmatch(r'wrn[-_ ]?(\d+)[-_ ](\d+)', name.lower())
     if hidden := _hidden_widths(name): return 'mlp' if hidden==(1024,512) else '-'.join(['mlp', *map(str, hidden)])
@@ -492,9 +493,8 @@ def _check_ranges(num_classes, image_size, in_channels, dropout, width):
     whole_number(num_classes, 'num_classes')
     whole_number(image_size, 'image_size')
     whole_number(in_channels, 'in_channels')
-    if not 0 <= dropout < 1: raise ValueError(f'dropout={dropout}: expected a share in [0,1)')
-    if not 0 < width < math.inf:
-        raise ValueError(f'width={width}: expected a finite factor above 0, 1 for the network as it is')
+    real_number(dropout, 'dropout', 'a share in [0,1)', lambda v: 0 <= v < 1)
+    real_number(width, 'width', 'a finite factor above 0, 1 for the network as it is', lambda v: 0 < v < math.inf)
 
 # %% ../../nbs/training/01_models.ipynb #f6887743
 def _check_options(name, image_size, in_channels, dropout, stem):
@@ -553,7 +553,7 @@ def small_width(
     stem:str='auto',    # as for `create_model`
 )->float:               # for `create_model`
     "The width at which the weights of convolutions and linear layers are nearest to `share` of the full network's"
-    if not 0 < share <= 1: raise ValueError(f'share={share}: expected a share of the weights in (0,1]')
+    real_number(share, 'share', 'a share of the weights in (0,1]', lambda v: 0 < v <= 1)
     name = canonical_name(name)
     _check_network(name, num_classes, image_size, in_channels, 0., stem, 1.)
     def weights(width): return _weights_at(width, name, num_classes, image_size, in_channels, stem)

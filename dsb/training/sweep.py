@@ -415,7 +415,8 @@ class Sweep:
         self.out = Path(out or self.path.with_suffix('.jsonl'))
         self.folder = self.out.with_name(self.out.stem + '.runs')
         if self.out.resolve() == self.path.resolve():
-            raise ValueError(f"{path} says what to run, and results would be written into it: give another --out")
+            remedy = 'give another --out' if out else f"give the file with settings, {self.path.with_suffix('.json')}"
+            raise ValueError(f"{path} would be both what to run and the file of results: {remedy}")
         spec = read_sweep(path)
         try: self.runs = chosen(sweep_runs(spec), only)
         except ValueError as e: raise ValueError(f"{path}: {e}") from None

@@ -82,7 +82,8 @@ def speed_up(
     "Make training steps on a CPU faster: keep freed memory, fuse, images in channels_last; nothing on a GPU"
     import torch
     from dsb.fuse import fuse
-    if any(p.device.type!='cpu' for p in model.parameters()): return model
+    from dsb.sparsify import unwrapped
+    if any(p.device.type!='cpu' for p in unwrapped(model).parameters()): return model
     tune()
     _hook_once(model)
     fuse(model).to(memory_format=torch.channels_last)
