@@ -13,6 +13,8 @@ RUN = '''
 import sys
 from pathlib import Path
 from nbdev.test import test_nb
+from dsb.dev.site import seed_everything
+seed_everything()
 nb,root,skip,force = sys.argv[1:]
 sys.exit(not test_nb(Path(nb), skip_flags=skip.split(), force_flags=force.split(), basepath=root)[0])
 '''
