@@ -183,7 +183,9 @@ def _method_options():
         option('--distribution', f"how the sparsity is shared out over the layers: {_or(CHOICES['distribution'])}; "
                "uniform leaves the first convolution and the last linear layer dense"),
         option('--start', "places that start active: cover (default for blocks: large weights, spread over all input "
-               "channels), magnitude (default for ssb and --rule paper) or random (default without blocks)", 'HOW')]
+               "channels), magnitude (default for ssb and --rule paper) or random (default without blocks)", 'HOW'),
+        option('--init', "first weights: keep those of the dense network, or scale them to the number of active inputs "
+               "(fan_in), which helps where no BatchNorm follows and does harm where one does", 'HOW', default='keep')]
 
 # %% ../nbs/06_cli.ipynb #ccec0106
 def _update_options():

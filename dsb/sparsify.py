@@ -19,7 +19,7 @@ from time import perf_counter
 from .structure.blocks import Structure, Unstructured
 from .structure.extract import cover_blocks, extract_blocks, group_rows
 from .structure.density import Budget, budgets, initial_budgets
-from .structure.methods import SETTINGS, STARTS, check_setting
+from .structure.methods import INITS, SETTINGS, STARTS, check_setting
 from .core import markdown_table, one_of
 from .layers import (PROJECTIONS, SparseAttention, SparseLayer, TWINS, passing,
                         to_autocast, twin_class)
@@ -248,7 +248,7 @@ def _opened(model)->dict:
 def _check_options(block_size, init, start, generator=None):
     "Raise for options that no model can satisfy"
     check_setting('block_size', block_size)
-    one_of(init, ('keep','fan_in'), 'init')
+    one_of(init, INITS, 'init')
     one_of(start, (None,*STARTS), 'start')
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise ValueError(f'generator={generator!r}: expected None or a torch.Generator, such as '

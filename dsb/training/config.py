@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from ..core import is_real, is_whole, markdown_table, one_of
 from ..structure.density import DISTRIBUTIONS
-from ..structure.methods import DENSE, FAST_WORDS, METHODS, SETTINGS, STARTS
+from ..structure.methods import DENSE, FAST_WORDS, INITS, METHODS, SETTINGS, STARTS
 from ..structure.methods import check_setting, ignored, method_of, usual_alpha
 
 # %% ../../nbs/training/06_config.ipynb #ac34d57d
@@ -101,7 +101,8 @@ CHOICES = dict(
     distribution=tuple(DISTRIBUTIONS),
     on_nan=('stop','skip'),
     amp=(None,'bf16','fp16'),
-    start=(None,*STARTS))
+    start=(None,*STARTS),
+    init=INITS)
 
 # %% ../../nbs/training/06_config.ipynb #2086f62b
 def _least(n): return lambda v: is_whole(v) and v>=n
@@ -144,6 +145,7 @@ class TrainConfig:
     block_size:int=None        # None: 16 for `dsb` and `ssb`, else 0
     distribution:str='erk'     # 'erk', 'er' or 'uniform': how the sparsity is shared out
     start:str=None             # places that start active: 'magnitude', 'random' or 'cover'; None: see `build_model`
+    init:str='keep'            # first weights as in the dense network, or scaled to the active inputs: 'fan_in'
     T:int=None                 # steps between two topology updates; None: see `settled`
     T_end:int=None             # step at which updates end; None: see `settled`
     alpha:float=None           # drop fraction at step 0; None: see `settled`

@@ -195,8 +195,8 @@ def build_model(
     if c.method in DENSE: return model
     check_budgets(c, model)
     g, start = torch.Generator().manual_seed(c.seed), c.start or _usual_start(c)
-    return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, start=start,
-                    initial_ratio=c.initial_ratio or 1)
+    return sparsify(model, c.sparsity, c.block_size, c.distribution, generator=g, init=c.init,
+                    start=start, initial_ratio=c.initial_ratio or 1)
 
 # %% ../../nbs/training/09_train.ipynb #8a144ca8
 MAY_CHANGE = ('data_dir', 'device', 'cuda', 'workers', 'print_freq',
