@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from .core import nearest, say
 from .structure.methods import DENSE, METHODS, SETTINGS, SPARSE, method_of
-from .training.config import CHOICES, RECIPES, TrainConfig, choose_method, usual_recipe
+from .training.config import CHOICES, RECIPES, TrainConfig, choose_method, usual_lr, usual_recipe
 
 # %% ../nbs/06_cli.ipynb #5d82d9bf
 def fail(
@@ -216,7 +216,8 @@ def _training_options():
         option('-b --batch_size', "images in a step, over all processes"),
         option('--accumulate_steps', "compute a batch in K parts, one after the other: less memory, the same step but "
                "for BatchNorm, which normalises within a part", 'K'),
-        option('--lr --learning-rate', "peak learning rate", 'LR', default={k: r.lr for k, r in RECIPES.items()}),
+        option('--lr --learning-rate', "peak learning rate; of a VGG with SGD .03", 'LR',
+               default={k: r.lr for k, r in RECIPES.items()}),
         option('--momentum', "momentum of SGD, first rate of AdamW", 'M'),
         option('--weight-decay --wd', "weight decay, on active weights only; with SGD also on biases and BatchNorm, as "
                "in the original", 'W',
@@ -329,7 +330,7 @@ def default_out(
              (f'b{c.block_size}', c.block_size > 0), (c.rule, c.rule not in (None, DEFAULT_RULE)),
              (f'from{c.initial_ratio or 1:g}x', c.initial_ratio is not None),
              (f'alpha{c.alpha or 0:g}', c.alpha is not None),
-             (f'lr{c.lr:g}', c.lr != RECIPES[c.recipe].lr), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
+             (f'lr{c.lr:g}', c.lr != usual_lr(c.model, c.recipe)), (f'T{c.T}', c.T != usual.T), (f'seed{c.seed}', True)]
     return under/'-'.join(text for text, told in parts if told)
 
 # %% ../nbs/06_cli.ipynb #959ec552

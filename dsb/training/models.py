@@ -167,6 +167,13 @@ def alexnet(
     head = [m for j in (i, u) for m in (nn.Linear(j, u, bias=False), nn.BatchNorm1d(u), nn.ReLU(inplace=True))]
     return image_net(features, [*head, nn.Linear(u, num_classes)])
 
+# %% ../../nbs/training/01_models.ipynb #91ec8281
+def _normal_by_outputs(model):
+    "Draw the convolutions' weights with variance 2/(kh·kw·O); returns `model`"
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=(2 / m.weight[:,0].numel())**.5)
+    return model
+
 # %% ../../nbs/training/01_models.ipynb #1ec22adc
 def vgg(
     num_classes:int, # width of the output
@@ -183,7 +190,7 @@ def vgg(
             i = o
         features.append(nn.MaxPool2d(2))
     head = [m for _ in range(hidden) for m in (nn.Linear(i, i), nn.ReLU(inplace=True), nn.BatchNorm1d(i))]
-    return image_net(features, [*head, nn.Linear(i, num_classes)])
+    return _normal_by_outputs(image_net(features, [*head, nn.Linear(i, num_classes)]))
 
 # %% ../../nbs/training/01_models.ipynb #4cd895dc
 def same_conv(
@@ -303,13 +310,6 @@ class PreActBlock(nn.Module):
         y = F.relu(self.bn2(self.conv1(a)), inplace=True)
         if self.drop is not None: y = self.drop(y)
         return self.conv2(y) + (x if self.shortcut is None else self.shortcut(a))
-
-# %% ../../nbs/training/01_models.ipynb #91ec8281
-def _normal_by_outputs(model):
-    "Draw the convolutions' weights with variance 2/(kh·kw·O); returns `model`"
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=(2 / m.weight[:,0].numel())**.5)
-    return model
 
 # %% ../../nbs/training/01_models.ipynb #eb1a3f80
 def wrn(

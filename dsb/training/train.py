@@ -1030,6 +1030,18 @@ def _epochs(self:Trainer):
         self.seconds += time.perf_counter() - self.began
         self.signals, self.bar = None, None
 
+# %% ../../nbs/training/09_train.ipynb #0f121468
+def _guesses(
+    loss,    # mean training loss of the last epoch
+    classes, # C
+    steps,   # taken so far
+)->str: # '' of a network that has learned something
+    "What to say of a network that guesses"
+    chance = math.log(classes)
+    if steps < 200 or classes < 2 or not loss >= .99*chance: return ''
+    return (f"a training loss of {loss:.3f} after {steps} steps is no better than guessing among {classes} classes, "
+            f"{chance:.3f}: try another --lr, most often a smaller one")
+
 # %% ../../nbs/training/09_train.ipynb #9e2f6ab4
 @patch
 def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion matrix
@@ -1043,6 +1055,8 @@ def fit(self:Trainer)->dict: # what `summary.json` holds, but for the confusion 
                 self._note()
         if self.verbose and self.left_out and not first: self._tell(self.left_out)
         self._epochs()
+        idle = _guesses(self.history[-1]['train_loss'], self.shape['num_classes'], self.step)
+        if self.verbose and idle: self._tell(idle)
         return self.finish()
 
 # %% ../../nbs/training/09_train.ipynb #fbe671a3
