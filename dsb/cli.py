@@ -185,7 +185,7 @@ def _method_options():
         option('--start', "places that start active: cover (default for blocks: large weights, spread over all input "
                "channels), magnitude (default for ssb and --rule paper) or random (default without blocks)", 'HOW'),
         option('--init', "first weights: keep those of the dense network, or scale them to the number of active inputs "
-               "(fan_in), which helps where no BatchNorm follows and does harm where one does", 'HOW', default='keep')]
+               "(fan_in), which helps where no BatchNorm follows and does harm where one does", 'HOW')]
 
 # %% ../nbs/06_cli.ipynb #ccec0106
 def _update_options():
