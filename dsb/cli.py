@@ -645,6 +645,12 @@ def _export_to(args, run):
     return out
 
 # %% ../nbs/06_cli.ipynb #ab0cb861
+def _moment(ck):
+    "When in its run a checkpoint was written"
+    if ck['batch']: return f"at step {ck['step']}, within epoch {ck['epoch']+1}"
+    best = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
+    return f"after epoch {ck['epoch']}{best}"
+
 def export_command(
     argv:list, # the words after `dsb export`
 )->int:        # exit status
@@ -657,8 +663,7 @@ def export_command(
         out = _export_to(args, path.parent)
         with one_line(f"{path} cannot be exported"): about, far = _export(ck, out, args.format, args.fold)
     except ValueError as e: fail(e)
-    chosen = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
-    print(f"{out}: {ck['config']['model']} after epoch {ck['epoch']}{chosen}. To load it:")
+    print(f"{out}: {ck['config']['model']} {_moment(ck)}. To load it:")
     print(textwrap.indent(_loading(out, args.format, args.fold, about, far), '  '))
     return 0
 
