@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault('MPLBACKEND', 'agg')
-# Before torch is imported: several files at once with several threads each only wait for each other. A test of threads
-# says how many it wants.
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Here and in every process that a test starts, and before torch is imported: several files at once with several threads
+# each only wait for each other. A test of threads says how many it wants.
+os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 settings.register_profile('dsb', deadline=None, derandomize=True)
 settings.load_profile('dsb')
 

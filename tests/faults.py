@@ -13,7 +13,7 @@ import matplotlib.pyplot, sklearn.datasets, torch, torchvision, tqdm.auto      #
 import dsb.training.plot, dsb.training.sweep, dsb.training.train, dsb.training.tune
 from dsb.cli import main
 from dsb.core import markdown_table
-from dsb.training.folder import load_checkpoint, sealed
+from dsb.training.folder import load_checkpoint
 from dsb.training.train import Trainer
 
 RUN = ('--data_set digits --model lenet5 --method dsb --rule cover --block_size 8 --sparsity 0.8 --initial_ratio 2 --T 3 --epochs 3 '

@@ -12,7 +12,6 @@ import torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 import dsb
-from dsb.structure.blocks import ShuffledBlocks, Unstructured
 
 warnings.filterwarnings('ignore')
 CL,Refusals = torch.channels_last,(RuntimeError,ValueError,TypeError,IndexError,NotImplementedError)

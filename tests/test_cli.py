@@ -568,7 +568,7 @@ def test_error_in_a_process(root, tmp_path):
 
 # Terminals, pipes and languages
 
-HERE = dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS='1')
+HERE = dict(PYTHONPATH=str(Path(__file__).parent.parent))
 
 def python(*argv, cwd=None, **env):
     "Python as a process of its own"

@@ -1,15 +1,14 @@
 "Runs to which something happens, damaged checkpoints, odd arguments: one line, and nothing lost"
-import copy, gc, io, json, math, os, random, shutil, signal, socket, subprocess, sys, time, zipfile
+import copy, gc, io, json, math, os, random, shutil, socket, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest, torch
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='forks processes and sets limits on them')
-HERE = dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 
 def told(root, *argv, timeout=550):
     "What a program prints"
-    r = subprocess.run([sys.executable, *map(str, argv)], cwd=root, env=os.environ | HERE, capture_output=True, text=True, timeout=timeout)
+    r = subprocess.run([sys.executable, *map(str, argv)], cwd=root, capture_output=True, text=True, timeout=timeout)
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout
 
@@ -203,7 +202,7 @@ TWO = '--data_set digits --model lenet5 --method dsb --rule cover --block_size 8
 def test_one_of_two_fails(more, kill, status, says, root, tmp_path):
     "Another option in one process, a process that is killed: all end within 30 seconds, and one of them says why"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = os.environ | HERE | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    env = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     ps = [subprocess.Popen([sys.executable, 'main.py', *TWO, '--out', str(tmp_path/'run'), *more*r], cwd=root, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)),
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     try:

@@ -22,8 +22,7 @@ sys.exit(not test_nb(Path(nb), skip_flags=skip.split(), force_flags=force.split(
 def run(nb):
     "Run one notebook in a process of its own, so that none sees what another has imported or set"
     args = [nb, project.root, project.settings['tst_flags'], os.environ.get('NB_FLAGS', '')]
-    return subprocess.run([sys.executable,'-c',RUN,*map(str,args)], capture_output=True, text=True, timeout=900,
-                          env={**os.environ, 'MPLBACKEND':'agg', 'OMP_NUM_THREADS':'1'})
+    return subprocess.run([sys.executable,'-c',RUN,*map(str,args)], capture_output=True, text=True, timeout=900)
 
 def files(): return {o for o in project.nbs.rglob('*') if o.is_file() and '__pycache__' not in o.parts}
 before = files()

@@ -17,8 +17,7 @@ def write(folder, spec=SPEC):
 
 def start(root, file, *options):
     "The sweep as a process"
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-m', 'dsb.cli', 'sweep', str(file), '--threads', '1', *options], cwd=root, env=env, text=True,
+    return subprocess.Popen([sys.executable, '-m', 'dsb.cli', 'sweep', str(file), '--threads', '1', *options], cwd=root, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def until(ready, p=None, seconds=120):
@@ -156,8 +155,7 @@ def test_changed_config(capsys, tmp_path, whole):
 def dsb(root, *argv, **env):
     "(status, stdout, stderr) of `dsb sweep` in a process of its own"
     words = [sys.executable, '-m', 'dsb.cli', 'sweep', *map(str, argv)]
-    env = os.environ | dict(OMP_NUM_THREADS='1') | env
-    p = subprocess.run(words, cwd=root, env=env, capture_output=True, timeout=120)
+    p = subprocess.run(words, cwd=root, env=os.environ | env, capture_output=True, timeout=120)
     return p.returncode, p.stdout.decode(errors='replace'), p.stderr.decode(errors='replace')
 
 def test_languages(root, tmp_path):

@@ -12,8 +12,7 @@ RUN = ('--data_set digits --model wrn-10-1 --dropout 0.2 --method dsb --rule cov
 
 def start(root, *argv):
     "A training process whose lines can be read"
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, 'main.py', *map(str, argv)], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    return subprocess.Popen([sys.executable, 'main.py', *map(str, argv)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
 
 def until(p, text):
     "Read the process's lines until one holds `text`"
@@ -104,9 +103,8 @@ def test_two_processes(root, tmp_path):
     "Two processes train one model: equal structures (the run itself insists), one folder, and a result like that of one process"
     one, two = tmp_path/'one', tmp_path/'two'
     run = ('--data_set digits --model lenet300-100 --method dsb --rule columns --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_val 33 --n_test 65 --lr 0.02 --device cpu --out').split()
-    env = os.environ | dict(OMP_NUM_THREADS='1')
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'main.py', *run, two],
-                       cwd=root, env=env, capture_output=True, text=True, timeout=180)
+                       cwd=root, capture_output=True, text=True, timeout=180)
     assert p.returncode == 0, p.stderr
     assert p.stdout.count('epoch 2/2') == 1
     assert end(start(root, *run, one)) == (0, '')
@@ -162,7 +160,7 @@ def test_reader_that_leaves_a_notebook(tmp_path, monkeypatch):
 
 def test_started_together(root, tmp_path):
     "Three runs that start at once, of which nobody says where to, get a folder each"
-    env, pipe = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root)), subprocess.PIPE
+    env, pipe = os.environ | dict(PYTHONPATH=str(root)), subprocess.PIPE
     words = [sys.executable, root/'main.py', *SMALL]
     ps = [subprocess.Popen(words, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
     assert [end(p) for p in ps] == [(0, '')]*3

@@ -1,6 +1,5 @@
 "The wheel works outside the checkout, without what only developers have"
 import configparser, email, os, re, shutil, subprocess, sys, tarfile, zipfile
-from pathlib import Path
 import pytest
 
 BLOCKER = '''
