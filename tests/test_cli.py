@@ -172,6 +172,21 @@ def test_empty_data(capsys, tmp_path):
     err = refused(capsys, tmp_path, '--data_set', 'imagenet', '--data_dir', str(tmp_path/'imagenet'), '--model', 'ResNet18', '--n_train', '2', '--n_test', '1')
     assert 'imagenet' in err and 'digits' in err
 
+def test_own_images(tmp_path, capsys):
+    "A folder of three classes in place of ImageNet: three outputs, in training and in what is loaded"
+    from PIL import Image
+    for split, n in ('train', 4), ('val', 2):
+        for k, c in enumerate(('cats', 'dogs', 'owls')):
+            (tmp_path/'photos'/split/c).mkdir(parents=True)
+            for i in range(n): Image.new('RGB', (40 + 10*i, 30), (90*k, 0, 10*i)).save(tmp_path/'photos'/split/c/f'{i}.png')
+    words = '--data_set imagenet --model wrn-10-1 --block_size 8 --initial_ratio 1 --T 1 --epochs 1 --batch_size 4 --n_train 8 --workers 0'
+    assert main(['train', *words.split(), '--data_dir', str(tmp_path/'photos'), '--out', str(tmp_path/'r')]) == 0
+    assert main(['export', str(tmp_path/'r'), '--format', 'safetensors']) == 0
+    images = capsys.readouterr().out.split('images: ')[1]
+    shape = [int(n) for n in images.split('(N, ')[1].split(')')[0].split(',')]
+    from dsb import load
+    assert load(tmp_path/'r/model.safetensors').eval()(torch.zeros(1, *shape)).shape == (1, 3)
+
 def test_flipped_byte(capsys, tmp_path, monkeypatch):
     "A CIFAR file whose checksum is wrong is not trained on, nor is it downloaded over where there is no network"
     import torchvision
