@@ -160,6 +160,7 @@ def _data_options():
         option('--data_set', f"one of {', '.join(DATA_SETS)}; digits and glyphs need no download; "
                "imagenet can also be your own images, in folders train/CLASS and val/CLASS of --data_dir"),
         option('--data_dir', "where the data is, or is to be put; default ./data, then .", 'DIR'),
+        option('--image_size', "side of the images of imagenet in pixels, which are scaled and cropped; default: 224"),
         option('--model', f"one of {', '.join(MODELS)}, or any wrn-depth-width or mlp-width-width-..."),
         option('--dropout', "dropout inside the blocks of a wrn (the original has 0.3)", 'P'),
         option('--n_train', "use only N training images, of those that --n_val leaves"),

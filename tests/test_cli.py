@@ -45,6 +45,8 @@ def refused(capsys, tmp_path, *options):
     ('--wd -1', 'weight_decay=-1.0: expected'),
     ('--seed -1', 'seed=-1: expected'),
     ('--n_train 0', 'n_train=0: expected'),
+    ('--image_size 0', 'image_size=0: expected a whole number of pixels'),
+    ('--image_size 64', 'only those of imagenet are scaled; leave it out'),
     ('--n_train 1', 'training image'),
     ('--n_val -1', 'n_val=-1: expected a whole number, at least 0'),
     ('--n_val some', "argument --n_val: invalid int value: 'some'"),
@@ -179,12 +181,13 @@ def test_own_images(tmp_path, capsys):
         for k, c in enumerate(('cats', 'dogs', 'owls')):
             (tmp_path/'photos'/split/c).mkdir(parents=True)
             for i in range(n): Image.new('RGB', (40 + 10*i, 30), (90*k, 0, 10*i)).save(tmp_path/'photos'/split/c/f'{i}.png')
-    words = '--data_set imagenet --model wrn-10-1 --block_size 8 --initial_ratio 1 --T 1 --epochs 1 --batch_size 4 --n_train 8 --workers 0'
+    words = '--data_set imagenet --model wrn-10-1 --block_size 8 --initial_ratio 1 --T 1 --epochs 1 --batch_size 4 --image_size 48 --workers 0'
     assert main(['train', *words.split(), '--data_dir', str(tmp_path/'photos'), '--out', str(tmp_path/'r')]) == 0
     assert main(['export', str(tmp_path/'r'), '--format', 'safetensors']) == 0
     images = capsys.readouterr().out.split('images: ')[1]
     shape = [int(n) for n in images.split('(N, ')[1].split(')')[0].split(',')]
     from dsb import load
+    assert shape == [3, 48, 48]
     assert load(tmp_path/'r/model.safetensors').eval()(torch.zeros(1, *shape)).shape == (1, 3)
 
 def test_flipped_byte(capsys, tmp_path, monkeypatch):

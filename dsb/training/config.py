@@ -122,6 +122,7 @@ _RANGES = dict(
     epochs=('a whole number, at least 1', _least(1)),
     eval_every=('a whole number of epochs, at least 1', _least(1)),
     start_epoch=('a whole number, at least 0', _least(0)),
+    image_size=('a whole number of pixels, at least 1', lambda v: v is None or _least(1)(v)),
     batch_size=('a whole number, at least 1', _least(1)),
     lr=('a finite number above 0', lambda v: is_real(v) and 0<v<math.inf),
     momentum=('a number in [0, 1)', _below_one),
@@ -149,6 +150,7 @@ class TrainConfig:
     model:str='wrn-22-2'       # a name of `model_names`
     data_set:str='digits'      # a name that `load_data` knows
     data_dir:str=None          # where the data is; None: `./data`, then the current folder
+    image_size:int=None        # side of the images of `imagenet` in pixels; None: 224
     method:str='dsb'           # one of `METHODS`
     sparsity:float=None        # share of zero weights, or of those `small-dense` lacks, in [0,1); None: .9, 0 for dense
     block_size:int=None        # None: 16 for `dsb` and `ssb`, else 0

@@ -76,12 +76,21 @@ def dataset_names()->list: # names that `load_data` takes
     return list(_infos())
 
 # %% ../../nbs/training/03_data.ipynb #4a0b3821
+def _scaled(name, info, image_size):
+    "The description of a data set whose images are scaled to another size when they are read"
+    if name!='imagenet':
+        why = f'the images of {name} have {info.image_size} pixels, and only those of imagenet are scaled'
+        raise DataError(f'image_size={image_size}: {why}; leave it out')
+    with _as_data_error(): whole_number(image_size, 'image_size')
+    return info._replace(image_size=image_size)
+
 def dataset_info(
     name:str, # one of `dataset_names()`
+    image_size:int=None, # side of the images of `imagenet` in pixels; None: 224
 )->DatasetInfo:
     "What is known about data set `name` before it is loaded"
     infos = _infos()
-    if name in infos: return infos[name]
+    if name in infos: return infos[name] if image_size is None else _scaled(name, infos[name], image_size)
     known,near = ', '.join(infos),difflib.get_close_matches(str(name).lower(), infos, 1, .4)
     meant = f'; did you mean {near[0]}?' if near else ''
     raise DataError(f'data set {name!r}: expected one of {known}{meant}')
@@ -940,6 +949,7 @@ def load_data(
     name:str,                 # one of `dataset_names()`
     data_dir=None,            # folder with the files; `./data`, then the current folder when None
     channels:int=3,           # channels of the batches: 1 or 3
+    image_size:int=None,      # side of the images of `imagenet` in pixels; 224 when None
     batch_size:int=128,       # training images in a step, over all processes
     eval_batch_size:int=None, # test images at once in this process, `batch_size` when None
     seed:int=0,               # order and moves of the training images follow from it
@@ -953,7 +963,7 @@ def load_data(
     world_size:int=1,         # number of processes
 )->Data:
     "The data set `name`, ready to hand out batches"
-    info = with_channels(dataset_info(name), channels)
+    info = with_channels(dataset_info(name, image_size), channels)
     _check_counts(batch_size, eval_batch_size, n_train, n_val, n_test, workers, rank, world_size)
     train,val,test,classes = _read(name, info, n_train, n_val, n_test, data_dir=data_dir, download=download)
     kwargs = dict(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, device=device,

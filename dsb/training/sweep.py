@@ -166,7 +166,7 @@ def _points(grid):
 def _check_buildable(run, built):
     "Raise unless model and data set of a run fit together and its sparsity can be had; `built` remembers which did"
     c = run.config
-    net = c.model, c.data_set, c.dropout, c.method in DENSE, c.sparsity, c.block_size, c.distribution
+    net = c.model, c.data_set, c.image_size, c.dropout, c.method in DENSE, c.sparsity, c.block_size, c.distribution
     if net in built: return
     try:
         shape = data_shape(c)

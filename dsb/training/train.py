@@ -153,7 +153,7 @@ def data_shape(
     config:TrainConfig, # gives data set and model
 )->dict: # `num_classes`, `image_size`, `in_channels`
     "What the network must fit to, known before a file is read"
-    i = dataset_info(config.data_set)
+    i = dataset_info(config.data_set, config.image_size)
     channels = model_channels(config.model, i.channels)
     return dict(num_classes=i.num_classes, image_size=i.image_size, in_channels=channels)
 
@@ -252,8 +252,9 @@ def _load_data(self:Trainer):
     workers = min(8, os.cpu_count() or 1)//self.world if c.workers is None else c.workers
     if self.rank: dist.barrier()  # the first process downloads and fills the cache
     data = load_data(c.data_set, c.data_dir, batch_size=c.batch_size, seed=c.seed,
-                     channels=data_shape(c)['in_channels'], device=self.device, rank=self.rank, world_size=self.world,
-                     workers=workers, n_train=c.n_train, n_val=c.n_val, n_test=c.n_test)
+                     image_size=c.image_size, channels=data_shape(c)['in_channels'], device=self.device,
+                     rank=self.rank, world_size=self.world, workers=workers,
+                     n_train=c.n_train, n_val=c.n_val, n_test=c.n_test)
     if self.world > 1 and self.rank == 0: dist.barrier()
     return data
 
