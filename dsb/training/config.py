@@ -101,7 +101,7 @@ def usual_lr(
 )->float: # peak learning rate
     "The learning rate that goes with a model and a recipe"
     r = RECIPES[recipe]
-    return .03 if r.optimizer=='sgd' and model.lower().startswith('vgg') else r.lr
+    return .01 if r.optimizer=='sgd' and model.lower().startswith('vgg') else r.lr
 
 # %% ../../nbs/training/06_config.ipynb #11f37774
 CHOICES = dict(
