@@ -646,13 +646,14 @@ def _export_to(args, run):
         raise ValueError(f"cannot write to --out {out}: it is a folder; name a file in it")
     return out
 
-# %% ../nbs/06_cli.ipynb #ab0cb861
+# %% ../nbs/06_cli.ipynb #3d9059a9
 def _moment(ck):
     "When in its run a checkpoint was written"
     if ck['batch']: return f"at step {ck['step']}, within epoch {ck['epoch']+1}"
     best = f", the best by {_judged_by(ck['history'])} accuracy" if ck['epoch'] == ck['best']['epoch'] else ''
     return f"after epoch {ck['epoch']}{best}"
 
+# %% ../nbs/06_cli.ipynb #ab0cb861
 def export_command(
     argv:list, # the words after `dsb export`
 )->int:        # exit status

@@ -75,7 +75,7 @@ def dataset_names()->list: # names that `load_data` takes
     "The names of all data sets"
     return list(_infos())
 
-# %% ../../nbs/training/03_data.ipynb #4a0b3821
+# %% ../../nbs/training/03_data.ipynb #1ea10f24
 def _scaled(name, info, image_size):
     "The description of a data set whose images are scaled to another size when they are read"
     if name!='imagenet':
@@ -84,6 +84,7 @@ def _scaled(name, info, image_size):
     with _as_data_error(): whole_number(image_size, 'image_size')
     return info._replace(image_size=image_size)
 
+# %% ../../nbs/training/03_data.ipynb #4a0b3821
 def dataset_info(
     name:str, # one of `dataset_names()`
     image_size:int=None, # side of the images of `imagenet` in pixels; None: 224
