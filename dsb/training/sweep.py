@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from ..core import INK, NEW, SOFT, is_real, markdown_table, one_of, processor, text_table, whole_number, write_whole
 from ..structure.methods import DENSE, METHODS, SETTINGS, ignored
 from .config import (OPEN, RECIPES, TrainConfig, check_types, choose_method, first_alpha, modern,
-                                 usual_lr, usual_recipe)
+                                 usual_numbers, usual_recipe)
 from .folder import InUse, Interrupted, Signals
 from .models import create_model
 from .plot import figure, plain_axes
@@ -220,12 +220,12 @@ def chosen(
 
 # %% ../../nbs/training/10_sweep.ipynb #953bbb15
 def _usual(config):
-    "The defaults of a config's fields, with those that its recipe has"
+    "The defaults of a config's fields, with those of its recipe; no epochs: a line always says them"
     model = config.get('model', DEFAULTS['model'])
     usual = usual_recipe(model)
     recipe = config.get('recipe') or usual
     if recipe not in RECIPES: return DEFAULTS | dict(recipe=usual)
-    return DEFAULTS | dict(recipe=usual, lr=usual_lr(model, recipe), weight_decay=RECIPES[recipe].weight_decay)
+    return DEFAULTS | dict(recipe=usual) | usual_numbers(model, recipe) | dict(epochs=None)
 
 # %% ../../nbs/training/10_sweep.ipynb #5963f315
 def differs(
