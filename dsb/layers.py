@@ -12,12 +12,13 @@ import copy, math, weakref
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from contextlib import suppress
 from functools import cache
 from torch import Tensor
 from fastcore.basics import patch
-from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits
+from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits, same_bits
 from .kernels.reference import ConvArgs
-from .ops import (autocasts, check_tensor, structure_of, renew_kept, block_linear, block_conv2d,
+from .ops import (autocasts, check_tensor, structure_of, note_places, block_linear, block_conv2d,
                      block_conv_transpose2d, revealed, scattered, set_collector)
 
 # %% ../nbs/02_layers.ipynb #5fb79836
@@ -79,7 +80,7 @@ def _build(self:SparseLayer,
     if w.is_complex(): raise ValueError(f'a weight of {w.dtype}: expected real numbers')
     structure.validate(self.groups)
     for k,v in structure.state().items(): self.register_buffer(k, v.to(device, copy=True))
-    self.register_buffer('checksum', structure.checksum().to(device))
+    self.register_buffer('checksum', structure.checksum().to(device, torch.float32))   # see `same_bits`
     self.values = _empty_parameter(dense.weight, structure.values_shape, device)
     self.bias = None if b is None else _empty_parameter(b, b.shape, device)
     self.training = dense.training
@@ -479,9 +480,9 @@ def _make_room(self:SparseLayer,
 # %% ../nbs/02_layers.ipynb #ec39f687
 @patch
 def _is_current(self:SparseLayer):
-    "Values and structure are of one moment, and so are the tables that a backend made of the structure"
+    "Values and structure are of one moment, and so is what is known of the structure"
     if self.left_behind is not None: self.left_behind = None
-    if self.block_size: renew_kept(self._places(), self.block_size, self.shape, self.groups, self.checksum)
+    note_places(self._places(), self.block_size, self.shape, self.groups, self.checksum)
 
 # %% ../nbs/02_layers.ipynb #eec5aca6
 @patch
@@ -576,7 +577,7 @@ def _check_belongs(self:SparseLayer, sd, new, s):
         got = tuple(sd['values'].shape)
         raise ValueError(f'values of shape {got}: expected {tuple(s.values_shape)} for these places')
     own = s.checksum()
-    if 'checksum' in sd and not torch.equal(sd['checksum'].to(own.device)!=0, own):
+    if 'checksum' in sd and not same_bits(sd['checksum'], own):
         raise ValueError('its structure does not have its checksum: it was edited, or averaged with another one')
     if 'values' not in sd and any(not torch.equal(v, getattr(self,k).to(v.device)) for k,v in new.items()):
         given = ", ".join(k for k in new if k in sd)
@@ -594,7 +595,13 @@ def _places_of(values)->dict: # name -> tensor
 passing = '_collect','collect_key','updater_ref','_kin','left_behind'   # what others hang on a layer for a while
 
 @patch
+def _write_back(self:SparseLayer):
+    "Make good what averaging has rounded, if it can be"
+    with suppress(ValueError): type(self.checksum) is Tensor and self.structure
+
+@patch
 def __getstate__(self:SparseLayer):
+    self._write_back()
     mark = {} if self.left_behind is None else dict(left_behind=self.left_behind)
     return {k:v for k,v in self.__dict__.items() if k not in passing} | mark
 
@@ -611,6 +618,7 @@ def __deepcopy__(self:SparseLayer, memo):
     if self._kin is None: self.__dict__['_kin'] = weakref.WeakSet([self])
     self._kin.add(new)
     new.__dict__.update(_kin=self._kin, left_behind=self.left_behind)
+    with suppress(ValueError): note_places(new._places(), self.block_size, self.shape, self.groups, self.checksum)
     return new
 
 # %% ../nbs/02_layers.ipynb #fa9fdac9
@@ -676,6 +684,7 @@ def _watch_own_gradient(self:SparseLayer):
 def _save_to_state_dict(self:SparseLayer, destination, prefix, keep_vars):
     "Give the state, unless it is useless"
     if self.left_behind is not None and not self._is_as_left(): raise ValueError(_lagging)
+    self._write_back()
     nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 # %% ../nbs/02_layers.ipynb #e40ba344

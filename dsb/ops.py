@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
-           'sometimes_dense', 'structure_of', 'recall', 'renew_kept', 'operator', 'set_collector', 'revealed',
+           'sometimes_dense', 'structure_of', 'recall', 'note_places', 'operator', 'set_collector', 'revealed',
            'scattered', 'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline',
            'autocasts', 'check_tensor', 'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
 
@@ -20,7 +20,7 @@ from torch.nn.parameter import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
-from .structure.blocks import ShuffledBlocks, Structure, Unstructured
+from .structure.blocks import ShuffledBlocks, Structure, Unstructured, same_bits
 from .kernels.reference import (ConvArgs, carrying, dense_wgrad, empty_batch_last, fits, is_batch_last,
                                    is_channels_last, mixed)
 
@@ -218,7 +218,7 @@ def structure_of(
 # %% ../nbs/01_ops.ipynb #4edb3797
 _spoilt = ('the structure of a sparse layer was changed from outside: {}. Its tensors are places, which cannot be '
            'averaged or edited: load them from one model, use layer.set_structure, or keep a moving average in step by '
-           'follow=[model] of dsb.Updater, which averages parameters alone (use_buffers=False)')
+           'follow=[model] of dsb.Updater')
 
 def _checked_copy(tensors, block_size, shape, groups, checksum):
     "A copy of the structure; ValueError unless it keeps all rules"
@@ -228,10 +228,25 @@ def _checked_copy(tensors, block_size, shape, groups, checksum):
         else: s = Unstructured(*own, shape, check=False)
         if own[-1].is_meta or own[-1].is_cuda and torch.cuda.is_current_stream_capturing(): return s
         s.validate(groups)
-        spoilt = checksum is not None and not torch.equal(checksum, s.checksum())
+        spoilt = checksum is not None and not same_bits(checksum, s.checksum())
         if spoilt: raise ValueError('its checksum is another one')
-    except ValueError as e: raise ValueError(_spoilt.format(e)) from None
+    except ValueError as e:
+        if checksum is None or not _restored(tensors, checksum): raise ValueError(_spoilt.format(e)) from None
+        return _checked_copy(tensors, block_size, shape, groups, checksum)
     return s
+
+# %% ../nbs/01_ops.ipynb #7bda8a16
+def _restored(tensors, checksum)->bool:
+    "Write back the numbers of a known structure of this checksum, should averaging have rounded them down; was it so?"
+    def rounded(o, v): return o.shape==v.shape and o.device==v.device and bool((o<=v).all())
+    for known in list(_seen.values()):
+        true = list(known.structure.state().values())
+        if len(true)!=len(tensors) or not all(map(rounded, tensors, true)): continue
+        if not same_bits(known.structure.checksum(), checksum): continue
+        with torch.no_grad(), torch.inference_mode(tensors[-1].is_inference()):
+            for o,v in zip(tensors, true): o.copy_(v)
+        return True
+    return False
 
 # %% ../nbs/01_ops.ipynb #3ea2591e
 def recall(
@@ -244,13 +259,14 @@ def recall(
     return structure_of(tensors, block_size, shape, groups, checksum)
 
 # %% ../nbs/01_ops.ipynb #653d50e8
-def renew_kept(
+def note_places(
     tensors:tuple, block_size:int, shape:tuple, groups:int=1, checksum:Tensor=None, # as in `structure_of`
 ):
-    "After other places were written into the tensors: rewrite the tables kept with their structure, if any"
+    "After other places were written into the tensors: copy those on a CPU, and rewrite the tables kept with them"
     known = _seen.get(id(tensors[-1]))
-    if known is None or not any(hasattr(o, 'renew') for o in known.structure.cache.values()): return
-    structure_of(tensors, block_size, shape, groups, checksum)
+    tables = known is not None and any(hasattr(o, 'renew') for o in known.structure.cache.values())
+    if tables or tensors[-1].is_cpu and type(tensors[-1]) is Tensor:
+        structure_of(tensors, block_size, shape, groups, checksum)
 
 # %% ../nbs/01_ops.ipynb #9f81879c
 _ordinary = {Tensor, Parameter, int, type(None)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
-from .structure.blocks import Structure
+from .structure.blocks import Structure, same_bits
 from .structure.methods import GROWS, METHODS, SPARSE, check_setting, usual_alpha
 from .structure.density import between, capacity
 from .structure.rules import (DEFAULT_RULE, RULES, Change, Collector, Weights, by_column, dealt_out, entries,
@@ -179,7 +179,7 @@ def averaged_model(
 def _followers(layers, model)->dict:
     "Name in `layers` -> the layer of `model` that corresponds to it"
     others = list(sparse_layers(model).values())
-    def alike(o, m): return o is not m and o.shape==m.shape and torch.equal(o.checksum.cpu(), m.checksum.cpu())
+    def alike(o, m): return o is not m and o.shape==m.shape and same_bits(o.checksum, m.checksum)
     if not all(map(alike, others, layers.values())) or len(others)!=len(layers):
         raise ValueError('follow: expected models with the same sparse layers and structures, '
                          'such as a deep copy of the model')
@@ -307,7 +307,7 @@ def _count(bits:Tensor)->int:
 # %% ../nbs/04_topology.ipynb #fcb00068
 class Updater:
     "Drops and grows weights of a sparse model while it trains"
-    prune_end,told_of_lost = None,False
+    prune_end,told_of_lost,told_of_new,model = None,False,False,None
     def __init__(self,
         model:torch.nn.Module,      # with sparse layers; may be in a `DistributedDataParallel` or compiled
         opt:torch.optim.Optimizer,  # that holds their values, or a list; their state moves with them
@@ -326,7 +326,7 @@ class Updater:
         prune_end:int=None,         # step by which a model made with `initial_ratio` has come down to its sparsity
     ):
         self.grow,self.rule = check_update(method, T, rule, grow, accumulate, part)
-        self.layers,self.levels = sparse_layers(model),_levels(opt)
+        self.layers,self.levels,self.model = sparse_layers(model),_levels(opt),weakref.ref(model)
         _check_model(self.layers, method, model)
         _check_optimizer(self.levels, self.layers)
         self.prune_end = _check_pruning(self.layers, int(T), prune_end)
@@ -388,26 +388,6 @@ def _let_go(layers, hooks):
     for m in (o() for o in layers):
         if m is not None and not (m.updater_ref and m.updater_ref()): m.collect = None
 
-# %% ../nbs/04_topology.ipynb #237a4bd0
-class _Places:
-    "Hook of a sparse layer that gives it back its places, should they have been averaged with themselves"
-    def keep(self, structure): self.places,self.checksum = structure.state(),structure.checksum()
-    def __call__(self, m, *_):
-        if torch.compiler.is_compiling() or getattr(m, 'checksum', None) is None: return
-        if not torch.equal(m.checksum, self.checksum.to(m.checksum.device)): return        # it has moved since
-        try: m.structure
-        except ValueError:
-            with torch.no_grad():
-                for k,v in self.places.items(): getattr(m, k).copy_(v)
-
-def _keep_places(m, structure):
-    "Have a layer remember its places"
-    kept = next((h for h in m._forward_pre_hooks.values() if isinstance(h, _Places)), None)
-    if kept is None:
-        m.register_forward_pre_hook(kept := _Places())
-        m.register_state_dict_pre_hook(kept)
-    kept.keep(structure)
-
 # %% ../nbs/04_topology.ipynb #7931e68a
 def _derived(kinds)->set:
     "Classes, with all that derive from them"
@@ -427,7 +407,7 @@ def _copies_in(layers, model)->dict:
     "Name in `layers` -> its copy in a model, with the same places; nothing unless each has one"
     inside = set(sparse_layers(model).values())
     found = {n:next((o for o in m.copies() if o in inside), None) for n,m in layers.items()}
-    alike = all(o is not None and torch.equal(o.checksum.cpu(), layers[n].checksum.cpu()) for n,o in found.items())
+    alike = all(o is not None and same_bits(o.checksum, layers[n].checksum) for n,o in found.items())
     return found if alike else {}
 
 # %% ../nbs/04_topology.ipynb #271ae9cf
@@ -438,7 +418,6 @@ def _tie(self:Updater,
     "Let layers follow"
     self.followers.append(followers)
     self.known.update(followers.values())
-    for n,o in followers.items(): _keep_places(o, self.layers[n].structure)
 
 @patch
 def _find_averages(self:Updater):
@@ -626,9 +605,7 @@ def _carry(self:Updater, name, m, new, move):
     if name in self.before: self.before[name] = _by_column(move, self.before[name], m.block_size)
     if self.listeners: self._note_move(name, m, new, move)
     followers = [o[name] for o in self.followers]
-    for o in followers:
-        _relay(o, new, move)
-        _keep_places(o, new)
+    for o in followers: _relay(o, new, move)
     _relay(m, new, move, self.levels)
     m.leave_behind(followers)
 
@@ -746,6 +723,7 @@ def _update(self:Updater):
     _check_state(self.levels, self.layers)
     f,trained = drop_fraction(self.t, self.T_end, self.alpha, self.schedule),_held(self.levels)
     self._tell_of_lost(trained)
+    self._tell_of_new()
     self.updates += 1
     report = Report(self.t, f, [self.update_layer(n, m, f, trained) for n,m in self.layers.items()])
     if report.total('pruned'): self._tell_of_sizes()
@@ -767,6 +745,19 @@ def _varies(layers):
     for m in layers:
         changing = (m.values, m.cols if m.block_size else m.flat) if m.pruning else ()
         for t in changing: torch._dynamo.maybe_mark_dynamic(t, 0)
+
+# %% ../nbs/04_topology.ipynb #dd458cc4
+@patch
+def _tell_of_new(self:Updater):
+    "Say which layers became sparse too late"
+    model = self.model and self.model()
+    if self.told_of_new or model is None: return
+    own = set(self.layers.values())
+    names = [n for n,m in sparse_layers(model).items() if m not in own]
+    if not names: return
+    self.told_of_new,others = True,f' (and {len(names)-1} more)' if len(names)>1 else ''
+    warnings.warn(f'dsb: {names[0]!r}{others} became sparse after the Updater was made, so none of its weights move: '
+                  'make the Updater anew')
 
 # %% ../nbs/04_topology.ipynb #534f4176
 @patch
@@ -898,9 +889,7 @@ def _settle(self:Updater):
         m = self.layers[n]
         for _,_,v in () if self.state_loaded else _state(self.levels, m.values).values(): _resettle(v, old, m)
         for o in self.followers:
-            if torch.equal(o[n].checksum.cpu(), m.checksum.cpu()): continue
-            _relay(o[n], m.structure, Move(o[n].structure, m.structure))
-            _keep_places(o[n], m.structure)
+            if not same_bits(o[n].checksum, m.checksum): _relay(o[n], m.structure, Move(o[n].structure, m.structure))
     _check_state(self.levels, self.layers)
 
 def _resettle(v, old, m):
@@ -1002,7 +991,7 @@ def _ready_together(self:Updater)->bool:
 @patch
 def _agree(self:Updater):
     "Raise unless the structures are the same in all processes"
-    bits = torch.stack([m.checksum for m in self.layers.values()]).int()
+    bits = (torch.stack([m.checksum for m in self.layers.values()])!=0).int()
     some = self._reduced(torch.stack([bits, 1-bits]), 'MAX')
     differ = (some.sum(0)>1).any(1).tolist()
     if not any(differ): return

@@ -1,7 +1,7 @@
 "The book: pictures are described in words, sentences are short, the tutorials stop nowhere, the first steps come first"
 import json, os, re
 import pytest
-from dsb.dev.site import Project, read_cells, symbols
+from dsb.dev.site import Project, read_cells, symbols, without_logs
 
 project = Project(os.path.dirname(__file__))
 tutorials = sorted((project.nbs/'tutorials').glob('*.ipynb'))
@@ -72,6 +72,11 @@ def test_a_long_sentence_is_found():
     fine = f'Now{word}. `a`{word}.\n\n| a{word*2} |\n\n- one{word}\n- two{word}\n\n```\n{word*2}\n```\n# Title{word*2}'
     assert too_long(fine)==[] and len(too_long(f'{fine}\n\nNow{word}, and so.'))==1
     assert len(too_long(f'> Now{word} and e.g. so'))==len(too_long(f'- Now{word} `a`'))==1
+
+@each_of_all
+def test_outputs_tell_nothing_of_the_machine(nb):
+    "No lines of torch's loggers, which have the time and a process's number"
+    for c in json.loads(nb.read_text(encoding='utf-8'))['cells']: assert without_logs(c.get('outputs', []))==c.get('outputs', [])
 
 @each
 def test_directives_stand_on_top(nb):

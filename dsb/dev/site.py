@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'Project', 'page_name', 'section_of', 'part_of', 'Cell', 'read_cells', 'seed_everything',
-           'refresh', 'comments', 'Symbol', 'symbols', 'Page', 'anchors', 'link_index', 'links_on', 'outside_fences',
-           'add_links', 'page_links', 'mathml', 'lists', 'fence', 'plain', 'show_output', 'last_sentence', 'alt_texts',
-           'readme_text', 'readme', 'is_cpp', 'page_text', 'names_text', 'module_file', 'origin', 'llms_text',
-           'write_pages', 'scrolling', 'helpful', 'finish', 'build', 'main']
+           'without_logs', 'refresh', 'comments', 'Symbol', 'symbols', 'Page', 'anchors', 'link_index', 'links_on',
+           'outside_fences', 'add_links', 'page_links', 'mathml', 'lists', 'fence', 'plain', 'show_output',
+           'last_sentence', 'alt_texts', 'readme_text', 'readme', 'is_cpp', 'page_text', 'names_text', 'module_file',
+           'origin', 'llms_text', 'write_pages', 'scrolling', 'helpful', 'finish', 'build', 'main']
 
 # %% ../../nbs/dev/01_site.ipynb #3622bf6a
 import ast,base64,io,json,posixpath,re,shutil,subprocess,sys,tempfile,time,tokenize
@@ -137,6 +137,22 @@ def _run(nb, path, skip):
         try: shell.run_all(nb, exc_stop=True, preproc=skip)
         except Exception: raise RuntimeError(shell.prettytb(fname=path)) from None
 
+# %% ../../nbs/dev/01_site.ipynb #2e7cce2c
+_of_a_logger = re.compile(r'^[VIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ .*\n?', re.MULTILINE)
+
+def without_logs(
+    outputs:list, # of a cell
+)->list:
+    "The outputs without the lines of torch's loggers"
+    kept = []
+    for o in outputs:
+        if o.get('name')=='stderr':
+            text = _of_a_logger.sub('', ''.join(o['text']))
+            if not text: continue
+            o = dict(o, text=text)
+        kept.append(o)
+    return kept
+
 # %% ../../nbs/dev/01_site.ipynb #cb3ea525
 def refresh(
     path, # a notebook
@@ -149,6 +165,8 @@ def refresh(
     for o in nb.cells:
         if not skip(o): o.outputs = []
     _run(nb, path, skip)
+    for o in nb.cells:
+        if not skip(o): o.outputs = without_logs(o.outputs)
     clean_nb(nb)
     write_whole(path, nb2str(nb))
 
