@@ -249,6 +249,15 @@ def __setattr__(self:SparseLayer, name, value):
     if name=='weight': raise RuntimeError(_derived)
     super(SparseLayer, self).__setattr__(name, value)
 
+# %% ../nbs/02_layers.ipynb #91918add
+_masked = ('torch.nn.utils.prune keeps all weights and a mask, a sparse layer only the active ones: prune the dense '
+           'model and call dsb.sparsify(model, start="magnitude"), or let dsb.Updater prune')
+
+@patch
+def register_parameter(self:SparseLayer, name, param):
+    if name in ('weight_orig','values_orig'): raise RuntimeError(_masked)
+    super(SparseLayer, self).register_parameter(name, param)
+
 # %% ../nbs/02_layers.ipynb #c95c664c
 def to_autocast(
     x:Tensor, # an input

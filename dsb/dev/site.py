@@ -144,14 +144,9 @@ def without_logs(
     outputs:list, # of a cell
 )->list:
     "The outputs without the lines of torch's loggers"
-    kept = []
-    for o in outputs:
-        if o.get('name')=='stderr':
-            text = _of_a_logger.sub('', ''.join(o['text']))
-            if not text: continue
-            o = dict(o, text=text)
-        kept.append(o)
-    return kept
+    def rest(o): return _of_a_logger.sub('', ''.join(o['text']))
+    logs = [o for o in outputs if o.get('name')=='stderr' and _of_a_logger.search(''.join(o['text']))]
+    return [dict(o, text=rest(o)) if o in logs else o for o in outputs if o not in logs or rest(o)]
 
 # %% ../../nbs/dev/01_site.ipynb #cb3ea525
 def refresh(
