@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CACHE_REMEDY', 'INK', 'NEW', 'OLD', 'SOFT', 'ACTIVE', 'GROWN', 'DROPPED', 'GROUPS', 'nearest', 'one_of', 'is_whole',
-           'is_real', 'whole_number', 'real_number', 'try_lock', 'whole_file', 'remove_abandoned', 'write_whole',
-           'is_mine', 'cache_folders', 'private_folder', 'cache_dir', 'settle_matplotlib', 'book_colours', 'cpu_info',
-           'processor', 'text_table', 'markdown_table', 'Shown', 'keep_stored', 'say', 'watched']
+           'is_real', 'whole_number', 'fitting', 'real_number', 'try_lock', 'whole_file', 'remove_abandoned',
+           'write_whole', 'is_mine', 'cache_folders', 'private_folder', 'cache_dir', 'settle_matplotlib',
+           'book_colours', 'cpu_info', 'processor', 'text_table', 'markdown_table', 'Shown', 'keep_stored', 'say',
+           'watched']
 
 # %% ../nbs/00_core.ipynb #aa0374b4
 import contextlib, os, platform, re, secrets, stat, sys, tempfile
@@ -72,15 +73,22 @@ def whole_number(
     raise ValueError(f"{what}={v!r}: expected a whole number{of and f' of {of}'}, {limits}")
 
 # %% ../nbs/00_core.ipynb #399ad737
-def real_number(
+def fitting(
     v,        # what was got
     what,     # the argument's name
     expected, # what fits, in words
-    fits,     # function of a number: does it fit?
+    fits,     # function: does it fit?
+): # `v`
+    "`v` if it fits, else a ValueError"
+    if fits(v): return v
+    raise ValueError(f'{what}={v!r}: expected {expected}')
+
+def real_number(
+    v, what, expected, # as in `fitting`
+    fits,              # function of a number: does it fit?
 ): # `v`
     "`v` if it is a number that fits, else a ValueError"
-    if isinstance(v, Real) and not isinstance(v, bool) and fits(v): return v
-    raise ValueError(f'{what}={v!r}: expected {expected}')
+    return fitting(v, what, expected, lambda v: isinstance(v, Real) and not isinstance(v, bool) and fits(v))
 
 # %% ../nbs/00_core.ipynb #6c6ed14e
 def _to_disk(

@@ -16,7 +16,7 @@ import torch
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from ..core import processor, whole_file, whole_number, write_whole
+from ..core import one_of, processor, whole_file, whole_number, write_whole
 from ..kernels import vectors
 from ..kernels.build import Pieces, cpu_features, library
 from ..ops import why_not
@@ -335,8 +335,7 @@ def words(
 )->list:
     "Known words from a comma-separated list"
     found = [o.strip() for o in text.split(',')]
-    for o in found:
-        if o not in known: raise ValueError(f"{name}={o!r}: expected {', '.join(known[:-1])} or {known[-1]}")
+    for o in found: one_of(o, known, name)
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/bench/01_timing.ipynb #6954a51f

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'DENSE', 'SPARSE', 'SETTINGS', 'STARTS', 'INITS', 'GROWS',
 # %% ../../nbs/structure/05_methods.ipynb #3358b965
 from math import inf
 from typing import NamedTuple
-from ..core import is_real, is_whole
+from ..core import fitting, is_real, is_whole
 
 # %% ../../nbs/structure/05_methods.ipynb #9169d2f2
 class Method(NamedTuple):
@@ -71,8 +71,7 @@ def check_setting(
 ):
     "`v` if it is in the setting's range, else a ValueError"
     s = SETTINGS[name]
-    if s.ok(v): return v
-    raise ValueError(f'{name}={v!r}: expected {s.expected}')
+    return fitting(v, name, s.expected, s.ok)
 
 # %% ../../nbs/structure/05_methods.ipynb #84261808
 def usual_alpha(

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 from fastcore.basics import patch
-from ..core import is_real, is_whole, markdown_table, one_of
+from ..core import fitting, is_real, is_whole, markdown_table, one_of
 from ..structure.density import DISTRIBUTIONS
 from ..structure.methods import DENSE, FAST_WORDS, INITS, METHODS, SETTINGS, STARTS
 from ..structure.methods import check_setting, ignored, method_of, usual_alpha
@@ -150,7 +150,7 @@ def _check_range(name, v):
     "Raise unless a number is in its range, a setting of the methods or one of the run"
     if name in SETTINGS: return check_setting(name, v)
     expected, ok = _RANGES[name]
-    if not ok(v): raise ValueError(f"{name}={v!r}: expected {expected}")
+    return fitting(v, name, expected, ok)
 
 # %% ../../nbs/training/06_config.ipynb #02185fde
 @dataclass
@@ -305,7 +305,7 @@ def check_types(
     for k, v in values.items():
         expected, right = _TYPES[TrainConfig.__annotations__[k]]
         may_be_none = getattr(TrainConfig, k) is None
-        if not right(v) and not (v is None and may_be_none): raise ValueError(f"{k}={v!r}: expected {expected}")
+        fitting(v, k, expected, lambda v: right(v) or v is None and may_be_none)
 
 # %% ../../nbs/training/06_config.ipynb #c4a1e850
 _ALWAYS = 'model', 'data_set', 'method', 'sparsity', 'block_size', 'epochs', 'seed'
