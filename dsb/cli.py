@@ -577,29 +577,35 @@ def _run_parser(name, about):
 
 # %% ../nbs/06_cli.ipynb #abe082cd
 def _show_parser():
-    p = _run_parser('show', show_command.__doc__)
-    p.add_argument('--html', nargs='?', const='', metavar='FILE', help='also write the run as one page that opens '
-                   'without a network; default report.html in the folder of the run')
+    p = Parser(prog='dsb show', description=show_command.__doc__)
+    p.add_argument('runs', metavar='DIR', nargs='+', help='folder of a run, or a checkpoint in it; several are '
+                   'compared')
+    p.add_argument('--html', nargs='?', const='', metavar='FILE', help='also write one page that opens without a '
+                   'network; default report.html in the folder of the run, and for several runs compare.html here')
     return p
 
 def show_command(
     argv:list, # the words after `dsb show`
 )->int:        # exit status
-    "Print a run's epochs and layers; draw its pictures anew"
+    "Print a run's epochs and layers and draw its pictures anew; print several runs side by side"
     args = parse_options(_show_parser(), argv)
-    try:
-        from dsb.training.folder import load_checkpoint, one_line
-        path, ck = load_checkpoint(args.run)
-        with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
-        page = '' if args.html is None else _page(path.parent, ck, args.html)
+    try: print(_one_run(*args.runs, args.html) if len(args.runs)==1 else _several_runs(args.runs, args.html))
     except ValueError as e: fail(e)
-    print(shown + page)
     return 0
 
-def _page(run, ck, file):
-    "Write the page of a run; a line that says where"
+def _one_run(run, html):
+    "The words of a run; its page if that is asked for"
+    from dsb.training.folder import load_checkpoint, one_line
     from dsb.training.report import write_report
-    return f'\npage: {write_report(run, ck, file or None)}'
+    path, ck = load_checkpoint(run)
+    with one_line(f"{path} does not fit this dsb"): shown = _shown(path.parent, ck)
+    return shown if html is None else f'{shown}\npage: {write_report(path.parent, ck, html or None)}'
+
+def _several_runs(runs, html):
+    "The same of several runs"
+    from dsb.training.compare import Comparison, write_comparison
+    c = Comparison(*runs)
+    return str(c) if html is None else f"{c}\n\npage: {write_comparison(c, html or 'compare.html')}"
 
 # %% ../nbs/06_cli.ipynb #d74b1e90
 def _export(ck, out, format, folded):
@@ -774,7 +780,7 @@ def _commands():
     "name -> (function of the remaining words, what it does)"
     return dict(
         train=(_train_or_begin, 'train a network, or continue a run, as main.py does; without options, a first run'),
-        show=(show_command, "print a run's epochs and layers, draw its pictures anew"),
+        show=(show_command, "print a run's epochs and layers, draw its pictures anew; compare runs"),
         export=(export_command, 'write the best weights of a run for others: dense, compact, ONNX and more'),
         sweep=(sweep_command, 'do the runs of a file, and go on where it was stopped'),
         bench=(bench_command, 'time layers and training steps against dense, and updates'))

@@ -358,14 +358,19 @@ def first_alpha(
     c = config
     return usual_alpha(c.method, pruned, c.rule, c.grow) if c.alpha is None else c.alpha
 
+# %% ../../nbs/training/06_config.ipynb #55c67405
+@patch(as_prop=True)
+def idle(self:TrainConfig)->tuple: # names of settings
+    "What makes no difference to a run with these settings"
+    pruned = self.usual_ratio>1
+    return ignored(self.method, pruned, first_alpha(self, pruned), self.grow)
+
 # %% ../../nbs/training/06_config.ipynb #5d1116e2
 _UPDATES = 40  # at least so many in a run, where it has the steps
 
 def _interval(c, planned):
     usual = max(1, min(SETTINGS['T'].default, planned//_UPDATES))
-    pruned = c.usual_ratio>1
-    idle = 'accumulate' in ignored(c.method, pruned, first_alpha(c, pruned), c.grow)
-    return c.T or (usual if idle else max(usual, c.accumulate))
+    return c.T or (usual if 'accumulate' in c.idle else max(usual, c.accumulate))
 
 # %% ../../nbs/training/06_config.ipynb #fffdf978
 def _pruning(c, T, planned):
@@ -392,8 +397,7 @@ def settled(self:TrainConfig,
 # %% ../../nbs/training/06_config.ipynb #d28e39fe
 def _idle(c, settled):
     "The settings of updates that were given and make no difference, in a sentence"
-    names = ignored(c.method, settled.initial_ratio>1, settled.alpha, c.grow)
-    names = [k for k in names if k not in ('sparsity','block_size','initial_ratio')]
+    names = [k for k in settled.idle if k not in ('sparsity','block_size','initial_ratio')]
     idle = [k for k in names if getattr(c, k) != getattr(TrainConfig, k)]
     if not idle: return ''
     if METHODS[c.method].grow and settled.alpha==0: of = f"to {c.method} with alpha=0, which grows nothing"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['figure', 'plain_axes', 'plot_mask', 'plot_groups', 'plot_masks', 'Film', 'part_mask', 'Moving', 'moving',
-           'read_masks', 'log_masks', 'plot_density', 'was_validated', 'was_pruned', 'plot_curves', 'plot_lr']
+           'read_masks', 'log_masks', 'plot_density', 'was_validated', 'log_if_wide', 'was_pruned', 'plot_curves',
+           'plot_lr']
 
 # %% ../../nbs/training/04_plot.ipynb #cc0a1178
 import json, warnings
@@ -435,7 +436,9 @@ def _plot_both(ax, history, key, scale, loc):
     ax.legend(fontsize=8, frameon=False, loc=loc)
 
 # %% ../../nbs/training/04_plot.ipynb #bd7bebd9
-def _log_if_wide(ax):
+def log_if_wide(
+    ax, # of matplotlib
+):
     "A logarithmic axis where values span a factor of three or more"
     from matplotlib.ticker import LogLocator, NullFormatter
     ys = [y for line in ax.lines for y in line.get_ydata() if y > 0]
@@ -450,7 +453,7 @@ def _plot_loss(ax, history):
     "Does the loss still fall?"
     _plot_both(ax, history, 'loss', 1, 'best')
     plain_axes(ax, 'loss', 'epoch')
-    _log_if_wide(ax)
+    log_if_wide(ax)
 
 # %% ../../nbs/training/04_plot.ipynb #0327e176
 def _plot_accuracy(ax, history):
