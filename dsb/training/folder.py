@@ -221,7 +221,7 @@ def is_out_of_memory(
     return isinstance(e, RuntimeError) and any(w in says for w in words)
 
 # %% ../../nbs/training/07_folder.ipynb #7231080f
-FORMAT = {'name': 'dsb-run', 'version': 3}
+FORMAT = {'name': 'dsb-run', 'version': 4}
 DATA_SHAPE = 'num_classes', 'image_size', 'in_channels'   # what `info` tells of the data, as `create_model` calls it
 
 class Damaged(ValueError):
