@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction', 'backend', 'backends',
            'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'gathered', 'summary', 'sparse_layers', 'Updater',
-           'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
+           'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference', 'register_model']
 
 # %% ../nbs/07_init.ipynb #1110a1fa
 import dsb.core                     # first: it says what is missing
@@ -19,6 +19,7 @@ from .layers import SparseLinear, SparseConv2d
 from .sparsify import sparsify, densify, gathered, summary, sparse_layers
 from .topology import Updater
 from .fuse import fuse, unfuse
+from .training.models import register_model
 from .training.tune import speed_up, tune
 from .production.fold import fold
 from .production.files import load, save
@@ -27,4 +28,5 @@ from .production.serve import for_inference
 # %% ../nbs/07_init.ipynb #07bce986
 _all_ = ['Structure', 'ShuffledBlocks', 'Unstructured', 'extract_blocks', 'budgets', 'drop_fraction',
          'backend', 'backends', 'SparseLinear', 'SparseConv2d', 'sparsify', 'densify', 'gathered', 'summary',
-         'sparse_layers', 'Updater', 'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference']
+         'sparse_layers', 'Updater', 'speed_up', 'fuse', 'unfuse', 'tune', 'fold', 'save', 'load', 'for_inference',
+         'register_model']

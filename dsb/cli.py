@@ -38,6 +38,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         kwargs.setdefault('allow_abbrev', False)
         super().__init__(*args, **kwargs)
+        self.add_argument('--import', metavar='FILE', action='append', dest='imports', default=argparse.SUPPRESS,
+                          help='run a file of Python first, which may give networks of your own a name: '
+                               'dsb.register_model(name, function)')
     def error(self, message): fail(message)
 
 # %% ../nbs/06_cli.ipynb #45700f23
@@ -58,6 +61,16 @@ def _same_spelling(argv, known):
         if a.startswith('--') and len(a) > 2: a = plain.get(name.replace('-', '_'), name) + eq + value
         yield a
 
+# %% ../nbs/06_cli.ipynb #2a5d710d
+def _after_imports(args):
+    "`args`, when the files in it were run that are to be run first"
+    files = vars(args).pop('imports', [])
+    if not files and 'DSB_IMPORT' not in os.environ: return args
+    from dsb.training.models import import_files
+    try: import_files(files)
+    except ValueError as e: fail(e)
+    return args
+
 # %% ../nbs/06_cli.ipynb #56efb565
 def parse_options(
     parser:argparse.ArgumentParser, # knows the options
@@ -66,7 +79,7 @@ def parse_options(
     "The options in `argv`, spelt with dashes or underscores"
     known = [o for o in parser._option_string_actions if o.startswith('--')]
     args, rest = parser.parse_known_args(list(_same_spelling(argv, known)))
-    if not rest: return args
+    if not rest: return _after_imports(args)
     word, name = rest[0], rest[0].partition('=')[0]
     if word.startswith('-'): fail(f"unknown option {name}{near(name, known)} (--help lists them)")
     fail(f"unexpected argument {word!r}: options start with --, see --help")

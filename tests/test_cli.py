@@ -190,6 +190,38 @@ def test_own_images(tmp_path, capsys):
     assert shape == [3, 48, 48]
     assert load(tmp_path/'r/model.safetensors').eval()(torch.zeros(1, *shape)).shape == (1, 3)
 
+MINE = """
+import dsb
+from torch import nn
+def net(num_classes, in_channels=3, width=1.):
+    n = round(64*width)
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels*32**2, n), nn.ReLU(), nn.Linear(n, num_classes))
+dsb.register_model('mine', net)
+"""
+
+def test_own_network(tmp_path):
+    "A file of Python gives a network a name; commands that are not told of the file refuse its runs and run nothing"
+    (tmp_path/'mine.py').write_text(MINE)
+    def run(*argv, by=dsb):
+        r = by(*argv, cwd=tmp_path)
+        return r.returncode,r.stdout.decode(),r.stderr.decode()
+    words = '--model mine --data_set digits --epochs 1 --recipe short --n_train 64 --n_test 32 --batch_size 32'.split()
+    assert run('train', '--import', 'mine.py', *words, '--method', 'dsb', '--out', 'r')[0]==0
+    for argv in ['show', 'r'], ['train', *words]:
+        status,_,err = run(*argv)
+        assert status==2 and "'mine': unknown" in err and '--import FILE' in err and err.count('\n')==1, err
+    assert 'blocks of 16' in run('show', 'r', '--import', 'mine.py')[1]
+    lines = run('export', 'r', '--import', 'mine.py', '--format', 'safetensors')[1]
+    code = '\n'.join([*map(str.strip, lines[lines.index('import mine'):].splitlines()), 'print(dsb.summary(model).active)'])
+    assert int(run('-c', code, by=python)[1])<.2*(32*32*64+640)
+    spec = dict(common=dict(zip([w[2:] for w in words[::2]], words[1::2])), methods=dict(small=dict(method='small-dense')),
+                grid=dict(seed=[0], sparsity=[.5]))
+    spec['common'] = {k: int(v) if v.isdigit() else v for k, v in spec['common'].items()}
+    (tmp_path/'s.json').write_text(json.dumps(spec))
+    assert run('sweep', 's.json', '--import', 'mine.py')[0]==0
+    line, = (tmp_path/'s.jsonl').read_text().splitlines()
+    assert json.loads(line)['command'].startswith('dsb train --import mine.py --model mine')
+
 def test_flipped_byte(capsys, tmp_path, monkeypatch):
     "A CIFAR file whose checksum is wrong is not trained on, nor is it downloaded over where there is no network"
     import torchvision

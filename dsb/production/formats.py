@@ -195,13 +195,15 @@ def loading_lines(
     folded:bool=False, # was the model folded?
 )->list: # of lines
     "Lines of Python that load what `export` wrote"
+    from dsb.training.models import own_line
     path = str(path)
-    if format=='safetensors': return ['import dsb', f'model = dsb.load({path!r})']
     if format=='torch.export': return ['import dsb, torch', f'model = torch.export.load({path!r}).module()']
     if format=='onnx': return _onnx_lines(path, network)
-    if format=='dense': return _dense_lines(path, network, folded)
+    own = [o for o in [own_line(network['name'])] if o]
+    if format=='safetensors': return [*own, 'import dsb', f'model = dsb.load({path!r})']
+    if format=='dense': return [*own, *_dense_lines(path, network, folded)]
     head,*rest = _dense_lines(path, network, folded, 'dense_state({})')
-    return [head, 'from dsb.production.formats import dense_state', *rest]
+    return [*own, head, 'from dsb.production.formats import dense_state', *rest]
 
 def images_line(
     network:dict, # arguments of `create_model`

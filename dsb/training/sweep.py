@@ -25,7 +25,7 @@ from ..structure.methods import DENSE, METHODS, SETTINGS, ignored
 from .config import (OPEN, RECIPES, TrainConfig, check_types, choose_method, first_alpha, modern,
                                  usual_numbers, usual_recipe)
 from .folder import InUse, Interrupted, Signals
-from .models import create_model
+from .models import create_model, import_files, imported_files
 from .plot import figure, plain_axes
 from .train import MAY_CHANGE, Trainer, check_budgets, data_shape, width_of
 from .tune import tune
@@ -245,7 +245,8 @@ def command(
     if config.method in DENSE: told.pop('block_size', None)
     if config.method == 'dense': told.pop('sparsity')
     words = [w for k, v in told.items() for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)])]
-    return shlex.join(['dsb', 'train', *words])
+    first = [w for f in imported_files() for w in ('--import', Path(f).name)]
+    return shlex.join(['dsb', 'train', *first, *words])
 
 # %% ../../nbs/training/10_sweep.ipynb #cdfe17ad
 def commit(
@@ -389,6 +390,7 @@ def work(
 )->int: # exit status
     "Do a run and write `outcome.json`"
     torch.set_num_threads(job['threads'])
+    import_files()
     config, folder, made = TrainConfig(**job['config']), Path(job['folder']), made_with()
     if config.device != 'cuda': tune()
     try:
