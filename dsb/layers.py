@@ -254,7 +254,10 @@ _masked = ('torch.nn.utils.prune keeps all weights and a mask, a sparse layer on
            'model and call dsb.sparsify(model, start="magnitude"), or let dsb.Updater prune')
 
 @patch
-def register_parameter(self:SparseLayer, name, param):
+def register_parameter(self:SparseLayer,
+    name, param, # as in `nn.Module`
+):
+    "As in `nn.Module`, but not for a mask over the weights"
     if name in ('weight_orig','values_orig'): raise RuntimeError(_masked)
     super(SparseLayer, self).register_parameter(name, param)
 

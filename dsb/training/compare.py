@@ -158,8 +158,8 @@ class Comparison:
 
 # %% ../../nbs/training/12_compare.ipynb #9bed7914
 def comparison_html(
-    c:Comparison,
-)->str:
+    c:Comparison, # to show
+)->str: # HTML
     "Runs side by side as one page"
     alt = 'training loss and test accuracy of the runs over epochs, and test accuracy over time'
     settings = setting_rows(c.runs)
@@ -170,7 +170,7 @@ def comparison_html(
     return page_html(names, '; '.join(f'{t.name}: {t.config.title}, seed {t.config.seed}' for t in c.runs), parts)
 
 def write_comparison(
-    c:Comparison,
+    c:Comparison, # to show
     file='compare.html', # where to write
 )->Path: # of the file
     "Write the page of a comparison, whole or not at all"
