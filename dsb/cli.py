@@ -64,10 +64,8 @@ def _same_spelling(argv, known):
 # %% ../nbs/06_cli.ipynb #2a5d710d
 def _after_imports(args):
     "`args`, when the files in it were run that are to be run first"
-    files = vars(args).pop('imports', [])
-    if not files and 'DSB_IMPORT' not in os.environ: return args
     from dsb.training.models import import_files
-    try: import_files(files)
+    try: import_files(vars(args).pop('imports', []))
     except ValueError as e: fail(e)
     return args
 

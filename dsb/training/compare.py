@@ -9,14 +9,15 @@ __all__ = ['short_names', 'Trained', 'read_run', 'result_rows', 'setting_rows', 
 # %% ../../nbs/training/12_compare.ipynb #05e625ac
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from ..core import GROUPS, INK, NEW, markdown_table, text_table
 from ..sparsify import summary
 from .config import TrainConfig
 from .folder import load_checkpoint, one_line
-from .plot import figure, log_if_wide, plain_axes
-from .report import image_html, noted, page_html, section_html, table_html, write_page
+from .plot import figure, log_if_wide, plain_axes, test_accuracies
+from .report import image_html, noted, page_html, section_html, step_seconds, table_html, write_page
 from .train import MAY_CHANGE, dense_work, restored, saved_shape
 
 # %% ../../nbs/training/12_compare.ipynb #3789ca1d
@@ -30,7 +31,7 @@ def short_names(
     def ends(n): return ['/'.join(o[-n:]) for o in parts]
     return next(e for n in range(1, max(map(len, parts))+1) if len(set(e := ends(n))) == len(e))
 
-# %% ../../nbs/training/12_compare.ipynb #351f079b
+# %% ../../nbs/training/12_compare.ipynb #0005174d
 @dataclass
 class Trained:
     "A run, as far as it has come"
@@ -43,6 +44,7 @@ class Trained:
     active:int         # weights of its linear layers and convolutions
     flops:float        # of training so far
 
+# %% ../../nbs/training/12_compare.ipynb #351f079b
 def read_run(
     path,      # folder of a run, or a checkpoint in it
     name:str,  # what to call it
@@ -58,11 +60,9 @@ def read_run(
                    summary(model).active, flops)
 
 # %% ../../nbs/training/12_compare.ipynb #c233ecca
-def _tested(t): return {r['epoch']: r['test_acc'] for r in t.history if r['test_acc'] is not None}
-
 def _best(t):
     "Test accuracy of the best epoch, and which that is"
-    acc = _tested(t).get(t.best)
+    acc = test_accuracies(t.history).get(t.best)
     return '' if acc is None else f'{acc:.2%} ({t.best})'
 
 def result_rows(
@@ -72,7 +72,8 @@ def result_rows(
     head = ['run', 'epochs', 'test accuracy', 'best (epoch)', 'training loss', 'weights', 'MB', 'TFLOP', 'ms a step',
             'seconds']
     def row(t):
-        tested, ms = list(_tested(t).values())[-1:], [r['step_ms'] for r in t.history if r.get('step_ms')]
+        tested = list(test_accuracies(t.history).values())[-1:]
+        ms = [r['step_ms'] for r in t.history if r.get('step_ms')]
         loss, mb = [f"{r['train_loss']:.4f}" for r in t.history[-1:]], [r['state_mb'] for r in t.history]
         def only(texts): return texts[0] if texts else ''
         return [t.name, f'{len(t.history)} of {t.config.epochs}', only([f'{a:.2%}' for a in tested]), _best(t),
@@ -103,21 +104,18 @@ def cautions(
     if len(set(machines)) > 1: found.append('They ran on different machines, so the times are no comparison.')
     return found
 
-# %% ../../nbs/training/12_compare.ipynb #3b2a7a77
+# %% ../../nbs/training/12_compare.ipynb #2da4b356
 _COLORS = INK, NEW, *GROUPS
 
 def _times(t):
     "epoch -> seconds of training steps up to its end"
-    steps, total, found = [r['step'] for r in t.history], 0., {}
-    for a, b, r in zip([0, *steps], steps, t.history):
-        total += (b-a)*(r.get('step_ms') or 0)/1e3
-        found[r['epoch']] = total
-    return found
+    return dict(zip([r['epoch'] for r in t.history], accumulate(step_seconds(t.history))))
 
 def _unit(seconds):
     "The unit that suits a time, and how many seconds it has"
     return next((name, n) for name, n in (('hours', 3600), ('minutes', 60), ('seconds', 1)) if seconds >= 2*n or n == 1)
 
+# %% ../../nbs/training/12_compare.ipynb #3b2a7a77
 def plot_runs(
     runs:list, # of `Trained`
 ): # matplotlib's `Figure`
@@ -129,7 +127,7 @@ def plot_runs(
     for ax, title, x in zip(axs, titles, ('epoch', 'epoch', f'{unit} of training steps')): plain_axes(ax, title, x)
     for i, t in enumerate(runs):
         look = dict(color=_COLORS[i % len(_COLORS)], ls=('-', '--', ':')[i//len(_COLORS) % 3], label=t.name)
-        tested, times = _tested(t), _times(t)
+        tested, times = test_accuracies(t.history), _times(t)
         accs = [100*a for a in tested.values()]
         dot = '.' if len(accs) < 40 else None
         axs[0].plot([r['epoch'] for r in t.history], [r['train_loss'] for r in t.history], **look)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['figure', 'plain_axes', 'plot_mask', 'plot_groups', 'plot_masks', 'Film', 'part_mask', 'Moving', 'moving',
-           'read_masks', 'log_masks', 'plot_density', 'was_validated', 'log_if_wide', 'was_pruned', 'plot_curves',
-           'plot_lr']
+           'read_masks', 'log_masks', 'plot_density', 'test_accuracies', 'was_validated', 'log_if_wide', 'was_pruned',
+           'plot_curves', 'plot_lr']
 
 # %% ../../nbs/training/04_plot.ipynb #cc0a1178
 import json, warnings
@@ -418,6 +418,12 @@ def plot_density(
 def _evaluated(history):
     "The epochs of a history that ended on a test"
     return [r for r in history if r['test_acc'] is not None]
+
+def test_accuracies(
+    history:list, # objects of `metrics.jsonl`
+)->dict: # epoch -> share of the test images
+    "Test accuracy of each epoch that ended on a test"
+    return {r['epoch']: r['test_acc'] for r in _evaluated(history)}
 
 def was_validated(
     history:list, # objects of `metrics.jsonl`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['table_html', 'section_html', 'image_html', 'films', 'film_html', 'noted', 'mistakes_html', 'layers_html',
-           'settings_html', 'where_time_went', 'time_html', 'where_html', 'page_html', 'report_text', 'write_page',
-           'write_report']
+           'settings_html', 'step_seconds', 'where_time_went', 'time_html', 'where_html', 'page_html', 'report_text',
+           'write_page', 'write_report']
 
 # %% ../../nbs/training/11_report.ipynb #9f18bd35
 import json
@@ -19,7 +19,7 @@ from ..sparsify import sparse_layers, summary
 from ..topology import unpack_mask
 from .config import TrainConfig
 from .grades import environment, mistakes, plot_confusion
-from .plot import plot_curves, plot_masks, read_masks, was_validated
+from .plot import plot_curves, plot_masks, read_masks, test_accuracies, was_validated
 from .train import flops_words, restored
 
 # %% ../../nbs/training/11_report.ipynb #a7d85f14
@@ -172,13 +172,18 @@ def settings_html(
     return table_html([('setting', 'value', 'usually'), *((k, str(v), str(u)) for k, v, u in rows)])
 
 # %% ../../nbs/training/11_report.ipynb #f1e339c3
+def step_seconds(
+    history:list, # rows of a run
+)->list: # a number for each epoch
+    "Seconds of the steps of each epoch, by their median; 0 where that is not known"
+    ends = [0] + [r['step'] for r in history]
+    return [(b - a)*(r.get('step_ms') or 0)/1000 for a, b, r in zip(ends, ends[1:], history)]
+
 def where_time_went(
     ck:dict, # a checkpoint
 )->list: # (what, seconds)
     "Seconds of the steps, by their median, and of everything else"
-    ends = [0] + [r['step'] for r in ck['history']]
-    timed = [(b - a)*r['step_ms']/1000 for a, b, r in zip(ends, ends[1:], ck['history']) if r.get('step_ms')]
-    steps = min(sum(timed), ck['seconds'])
+    steps = min(sum(step_seconds(ck['history'])), ck['seconds'])
     return [('training steps', steps), ('everything else', ck['seconds'] - steps)]
 
 def time_html(
@@ -260,7 +265,7 @@ def _sections(folder, ck):
 # %% ../../nbs/training/11_report.ipynb #764fdfb7
 def _accuracies(ck)->str:
     "Test accuracies of the best epoch, chosen as everywhere, and of the last"
-    tested = {r['epoch']:r['test_acc'] for r in ck['history'] if r['test_acc'] is not None}
+    tested = test_accuracies(ck['history'])
     if not tested: return 'not tested yet'
     epoch, last = ck['best']['epoch'], f'{list(tested.values())[-1]:.2%}'
     if epoch not in tested: return f'test accuracy {last}'
