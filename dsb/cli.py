@@ -480,7 +480,6 @@ def _train(t, keep):
     "Fit, and say how it went; keep freed memory?"
     from dsb.training.data import DataError
     from dsb.training.folder import Diverged, InUse, Interrupted, Trouble
-    from dsb.training.train import leave_group
     from dsb.training.tune import tune
     def tell(line):
         if t.rank == 0: print(line, flush=True)
@@ -492,7 +491,6 @@ def _train(t, keep):
     except Diverged as e: fail(e, 1)
     except DataError as e: fail(f"{e}; continue with --resume" if t.step and t.out else e)
     except (InUse, Trouble) as e: fail(e)
-    leave_group()
     tell(_outcome(r, t.out))
     return 0
 
@@ -506,11 +504,9 @@ def _stopped(e, otherwise):
 def _evaluate(given):
     "Print how a checkpoint does; its status"
     from dsb.training.folder import Diverged, Trouble
-    from dsb.training.train import leave_group
     try: says = evaluated(given)
     except (ValueError, Trouble) as e: fail(e)
     except Diverged as e: fail(e, 1)
-    leave_group()
     if os.environ.get('RANK', '0') == '0': print(says)
     return 0
 
@@ -522,10 +518,13 @@ def train_command(
     prog:str='main.py', # how the command was called
 )->int: # exit status
     "Train, or continue, as the options say"
+    from dsb.training.train import leave_group
     given = vars(parse_options(train_parser(recipe, prog), sys.argv[1:] if argv is None else argv))
     recipe = given.get('recipe') or recipe
-    try: return _evaluate(given) if 'eval' in given else _train(_ready(given, recipe), not given.get('no_tune'))
-    except KeyboardInterrupt as e: return _stopped(e, 'stopped before the first step')
+    try: status = _evaluate(given) if 'eval' in given else _train(_ready(given, recipe), not given.get('no_tune'))
+    except KeyboardInterrupt as e: status = _stopped(e, 'stopped before the first step')
+    leave_group()                               # here, where nothing holds the trainer
+    return status
 
 # %% ../nbs/06_cli.ipynb #b078c072
 def _judged_by(history):

@@ -98,12 +98,24 @@ def test_killed(root, whole, tmp_path):
     assert_same(whole, other)
     assert (other/'best.pt').exists()
 
+THEN_ALONE = """
+import sys
+from pathlib import Path
+from dsb.cli import train_command
+status, threads = train_command(), Path('/proc/self/task')
+left = [name for p in threads.glob('*/comm') if 'gloo' in (name := p.read_text())]
+assert not left, f'gloo computes on, {left}: Python may end in one of its threads'
+sys.exit(status)
+"""
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='torch without distributed')
 def test_two_processes(root, tmp_path):
     "Two processes train one model: equal structures (the run itself insists), one folder, and a result like that of one process"
     one, two = tmp_path/'one', tmp_path/'two'
     run = ('--data_set digits --model lenet300-100 --method dsb --rule columns --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_val 33 --n_test 65 --lr 0.02 --device cpu --out').split()
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'main.py', *run, two],
+    script = tmp_path/'main.py'
+    script.write_text(THEN_ALONE, encoding='utf-8')
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, *run, two],
                        cwd=root, capture_output=True, text=True, timeout=180)
     assert p.returncode == 0, p.stderr
     assert p.stdout.count('epoch 2/2') == 1

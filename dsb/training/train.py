@@ -9,7 +9,7 @@ __all__ = ['MAY_CHANGE', 'Deserted', 'join_group', 'leave_group', 'tell_failure'
            'restored']
 
 # %% ../../nbs/training/09_train.ipynb #ed8cae86
-import json, math, os, shutil, socket, sys, time, warnings, zlib
+import gc, json, math, os, shutil, socket, sys, time, warnings, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -79,14 +79,17 @@ def join_group(
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if dist.is_initialized(): return dist.get_rank(), dist.get_world_size()
     if world == 1: return 0, 1
+    import torch.distributed.nn.functional   # before there is a group, which its defaults would keep for ever
     store = _store(600)
     _agree(store, rank, world, options)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
     return rank, world
 
 def leave_group():
-    "Part from the other processes, if there are any"
-    if dist.is_initialized(): dist.destroy_process_group()
+    "Part from the other processes, if there are any; what uses the group, as a `Trainer` does, must be gone before"
+    if not dist.is_initialized(): return
+    dist.destroy_process_group()
+    gc.collect()
 
 # %% ../../nbs/training/09_train.ipynb #d23a98e3
 def _linger(store, key, n, seconds=5):
