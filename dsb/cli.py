@@ -651,7 +651,8 @@ def _export_parser():
     p.add_argument('--format', metavar='NAME', default='dense', help=f'{what} (default dense)')
     p.add_argument('--out', metavar='FILE', help='where to write; default: a file in the folder of the run. For '
                    'safetensors also a folder, which gets config.json and model.safetensors')
-    p.add_argument('--fold', action='store_true', help='make BatchNorm part of the layers, as onnx and torch.export do')
+    p.add_argument('--fold', action='store_true', help='make BatchNorm part of the layers, as for ONNX and '
+                   'torch.export')
     return p
 
 def _export_to(args, run):

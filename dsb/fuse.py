@@ -15,7 +15,7 @@ from .layers import SparseConv2d
 from .kernels.reference import fits, is_batch_last, mixed
 from .kernels.vectors import number_of
 from .ops import allowed, backend_module, chosen, compact_wanted, conv_args
-from .ops import outline, operator, recall, reveal, structure_of
+from .ops import only_torch, outline, operator, recall, reveal, structure_of
 from .structure.methods import FAST_BLOCKS
 
 # %% ../nbs/05_fuse.ipynb #65ec4482
@@ -94,7 +94,7 @@ _floats = torch.float32, torch.float16, torch.bfloat16
 
 def _who(x)->str:
     "Whose kernels normalise such an image, if they are there: 'cpu', 'triton' or nobody's"
-    if x.dim()!=4 or x.numel()<=x.shape[1]: return ''
+    if only_torch() or x.dim()!=4 or x.numel()<=x.shape[1]: return ''
     if is_batch_last(x):
         here = (x.is_cuda or x.is_cpu and chosen()=='triton') and x.dtype in _floats
         return 'triton' if here and allowed('triton') else ''

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .structure.blocks import Structure, ShuffledBlocks, Unstructured, as_int32, mix_bits, same_bits
 from .kernels.reference import ConvArgs
 from .ops import (autocasts, check_tensor, structure_of, note_places, block_linear, block_conv2d,
-                     block_conv_transpose2d, revealed, scattered, set_collector)
+                     block_conv_transpose2d, only_torch, revealed, scattered, set_collector)
 
 # %% ../nbs/02_layers.ipynb #5fb79836
 class SparseLayer(nn.Module):
@@ -137,7 +137,7 @@ def density(self:SparseLayer)->float:
 def _matrix(self:SparseLayer)->Tensor: # (O, K)
     "The weight as a dense matrix, differentiable in `values`"
     if self.left_behind is not None: self._check_copy()
-    if not self.block_size and torch.compiler.is_compiling():
+    if not self.block_size and torch.compiler.is_compiling() and not only_torch():
         return scattered(self.values, self.flat, self.checksum, *self.shape)
     return self.structure.scatter(self.values)
 
@@ -225,6 +225,8 @@ class DerivedWeight(Tensor):
 def _share_memory(t, source):
     return t.layout is torch.strided and t.untyped_storage()._cdata==source.untyped_storage()._cdata
 
+def _read_only(w)->Tensor: return w if torch.compiler.is_compiling() else w.as_subclass(DerivedWeight)
+
 # %% ../nbs/02_layers.ipynb #f2a74146
 @patch
 def _revealed_weight(self:SparseLayer)->Tensor:
@@ -239,9 +241,8 @@ def _revealed_weight(self:SparseLayer)->Tensor:
 def weight(self:SparseLayer)->Tensor:
     "The dense weight, read only"
     w,v = self._revealed_weight(),self.values
-    if torch.compiler.is_compiling(): return w
-    w = w.as_subclass(DerivedWeight)
-    if not v.is_inference(): w.layer,w.version = self,v._version
+    w = _read_only(w)
+    if type(w) is DerivedWeight and not v.is_inference(): w.layer,w.version = self,v._version
     return w
 
 @patch
@@ -279,6 +280,11 @@ def _check_call(self:SparseLayer, x):
     check_tensor(x)
     if self.left_behind is not None: self._check_copy()
 
+@patch
+def _densely(self:SparseLayer)->bool:
+    "Compute with the dense weight?"
+    return not self.block_size or only_torch()
+
 # %% ../nbs/02_layers.ipynb #78c8f7b2
 @patch
 def forward(self:SparseLinear, x): return self._product(x, self.bias)
@@ -286,7 +292,7 @@ def forward(self:SparseLinear, x): return self._product(x, self.bias)
 @patch
 def _product(self:SparseLinear, x, bias):
     self._check_call(x)
-    if not self.block_size: return F.linear(x, self._revealed_weight(), bias)
+    if self._densely(): return F.linear(x, self._revealed_weight(), bias)
     x,v,b = to_autocast(x, self.values, bias)
     return block_linear(x, v, b, self, self.collect_key, self.checksum)
 
@@ -333,7 +339,7 @@ def _padded(self:SparseLayer, x):
 @patch
 def _convolve(self:SparseConv2d, x):
     x,a = self._padded(x),self.args
-    if not self.block_size: return F.conv2d(x, self._revealed_weight(), self.bias, *a[1:])
+    if self._densely(): return F.conv2d(x, self._revealed_weight(), self.bias, *a[1:])
     x,v,b = to_autocast(x, self.values, self.bias)
     return block_conv2d(x, v, b, self, a, self.collect_key, self.checksum)
 
@@ -353,7 +359,7 @@ def forward(self:SparseConv1d, x):
     self._check_call(x)
     if x.dim()==2: return self.forward(x[None])[0]
     x,a = self._padded(x),self.args
-    if not self.block_size:
+    if self._densely():
         return F.conv1d(x, self._revealed_weight(), self.bias, self.stride, a.padding[1:], self.dilation, self.groups)
     x,v,b = to_autocast(x, self.values, self.bias)
     return block_conv2d(x.unsqueeze(-2), v, b, self, a, self.collect_key, self.checksum).squeeze(-2)
@@ -389,7 +395,7 @@ def forward(self:SparseConv3d, x):
     if x.dim()==4: return self.forward(x[None])[0]
     if x.dim()!=5: raise RuntimeError(f'input of shape {tuple(x.shape)}: expected (N, {self.in_channels}, D, H, W)')
     x,a = self._padded(x),self.args
-    if not self.block_size:
+    if self._densely():
         return F.conv3d(x, self._revealed_weight(), self.bias, self.stride, (0,*a.padding), self.dilation, self.groups)
     x,v,b = to_autocast(x, self.values, self.bias)
     over = self.kernel_size[0], self.stride[0], self.dilation[0]
@@ -426,7 +432,7 @@ def _reverse(self:SparseLayer, x, output_size, by_torch):
     if x.dim()==n+1: return self._reverse(x[None], output_size, by_torch)[0]
     sizes = list(map(list, (self.stride, self.padding, self.kernel_size)))
     extra = self._output_padding(x, output_size, *sizes, n, list(self.dilation))
-    if not self.block_size:
+    if self._densely():
         more = self.stride, self.padding, extra, self.groups, self.dilation
         return by_torch(x, self._revealed_weight(), self.bias, *more)
     x,v,b = to_autocast(x, self.values, self.bias)
@@ -713,7 +719,7 @@ class SparseConv1D(SparseLayer):
 @patch
 def forward(self:SparseConv1D, x):
     self._check_call(x)
-    if not self.block_size: return F.linear(x, self._revealed_weight().t(), self.bias)
+    if self._densely(): return F.linear(x, self._revealed_weight().t(), self.bias)
     x,v,b = to_autocast(x, self.values, self.bias)
     return block_linear(x, v, b, self, self.collect_key, self.checksum)
 
@@ -812,7 +818,7 @@ def v_proj_weight(self:SparseAttention):
 def in_proj_bias(self:SparseAttention)->Tensor: # (3·embed_dim,), or None
     "The three biases in one, read only"
     parts = [getattr(self, k).bias for k in PROJECTIONS[:3]]
-    return None if parts[0] is None else torch.cat(parts).as_subclass(DerivedWeight)
+    return None if parts[0] is None else _read_only(torch.cat(parts))
 
 @patch
 def _reset_parameters(self:SparseAttention):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['backends', 'backend_module', 'backend', 'chosen', 'allowed', 'why_not', 'warn_slow', 'layer_case', 'through_dense',
-           'sometimes_dense', 'structure_of', 'recall', 'note_places', 'operator', 'set_collector', 'revealed',
-           'scattered', 'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline',
+           'sometimes_dense', 'structure_of', 'recall', 'note_places', 'only_torch', 'operator', 'set_collector',
+           'revealed', 'scattered', 'norm_bound', 'images_wanted', 'less_wanted', 'compact_wanted', 'reveal', 'outline',
            'autocasts', 'check_tensor', 'block_linear', 'conv_args', 'block_conv2d', 'block_conv_transpose2d']
 
 # %% ../nbs/01_ops.ipynb #a9cf19e7
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from functools import cache
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from torch.nn.parameter import Parameter
@@ -204,9 +205,10 @@ def structure_of(
     block_size:int, # B, 0 for single entries
     shape:tuple,    # (O, K)
     groups:int=1,   # convolution groups
-    checksum:Tensor=None, # (64,) bool, that the structure must have; None: any
+    checksum:Tensor=None, # (64,) that the structure must have; None: any
 )->Structure:
     "The structure that these tensors form; the same object until they change"
+    if torch.onnx.is_in_onnx_export() and torch.compiler.is_compiling(): return _unchecked(tensors, block_size, shape)
     known,what = _seen.get(id(tensors[-1])),(block_size,shape,groups)
     if known is None or not known.holds(tensors, what):
         new = _Known(tensors, _checked_copy(tensors, *what, checksum), what)
@@ -220,12 +222,15 @@ _spoilt = ('the structure of a sparse layer was changed from outside: {}. Its te
            'averaged or edited: load them from one model, use layer.set_structure, or keep a moving average in step by '
            'follow=[model] of dsb.Updater')
 
+def _unchecked(tensors, block_size, shape):
+    if block_size: return ShuffledBlocks(*tensors, block_size, shape, check=False)
+    return Unstructured(*tensors, shape, check=False)
+
 def _checked_copy(tensors, block_size, shape, groups, checksum):
     "A copy of the structure; ValueError unless it keeps all rules"
     own = [o.detach().clone() if o.is_cpu else o.detach() for o in tensors]   # CUDA graphs read the tensors themselves
     try:
-        if block_size: s = ShuffledBlocks(*own, block_size, shape, check=False)
-        else: s = Unstructured(*own, shape, check=False)
+        s = _unchecked(own, block_size, shape)
         if own[-1].is_meta or own[-1].is_cuda and torch.cuda.is_current_stream_capturing(): return s
         s.validate(groups)
         spoilt = checksum is not None and not same_bits(checksum, s.checksum())
@@ -271,6 +276,14 @@ def note_places(
 # %% ../nbs/01_ops.ipynb #9f81879c
 _ordinary = {Tensor, Parameter, int, type(None)}
 
+def _forward_mode()->bool:
+    "Are derivatives taken in the forward pass, as by `torch.func.jvp`?"
+    return forward_ad._current_level>=0
+
+def only_torch()->bool:
+    "Is something going on that knows torch's own operations only: forward derivatives, or an export to ONNX?"
+    return _forward_mode() or torch.onnx.is_in_onnx_export()
+
 def _unwatched(x, y)->bool:
     "Is nothing going on that has to see operators?"
     if type(x) not in _ordinary or type(y) not in _ordinary or x.is_meta: return False
@@ -283,6 +296,10 @@ def _autograd_function(name, **parts):
 
 def _no_derivative(ctx, *grads):
     raise RuntimeError('an operator with first derivatives only: expected no derivative of a gradient')
+
+def _no_forward(ctx, *tangents):
+    raise RuntimeError('an operator with reverse derivatives only: for those in forward mode use layer.dense_weight() '
+                       'with an operation of torch')
 
 _formulas = {}   # operator of torch -> how to count its FLOPs
 
@@ -297,8 +314,9 @@ class _Operator:
     def _differentiate(self, setup_context, backward):
         def vmap(info, dims, *args): return self.batched(info, dims, *args)
         self.function = _autograd_function(self.f.__name__, forward=self.f, setup_context=setup_context,
-                                           backward=backward, vmap=vmap)
+                                           backward=backward, vmap=vmap, jvp=_no_forward)
     def __call__(self, *args):
+        if _forward_mode(): return self.function.apply(*args)
         if not _unwatched(*args[:2]):
             if _formulas and not torch.compiler.is_compiling(): _tell_counters()
             return self.op(*args)
@@ -396,7 +414,7 @@ _revealed_backward.register_autograd(lambda ctx, ddW: (ddW,None), setup_context=
 def scattered(
     values:Tensor,   # (nnz, 1)
     flat:Tensor,     # (nnz,) int32, their places in the dense weight, row after row
-    checksum:Tensor, # (64,) bool, that of the places
+    checksum:Tensor, # (64,) that of the places
     O:int, K:int,    # shape of the dense weight
 )->Tensor: # (O, K)
     "The dense weight of single entries, differentiable in `values`"
@@ -643,7 +661,7 @@ def block_linear(
     bias:Tensor,      # (O,) or None
     s:ShuffledBlocks, # structure of the weight; any object with its tensors, `block_size` and `shape`
     key:int=0,        # reveal the dense weight gradient to this collector
-    checksum:Tensor=None, # (64,) bool, that the structure must have; None: any
+    checksum:Tensor=None, # (64,) that the structure must have; None: any
 )->Tensor: # (…, O)
     "`F.linear` with a shuffled-block weight"
     O,K = s.shape
@@ -713,7 +731,7 @@ def block_conv2d(
     s:ShuffledBlocks, # structure of the weight, O × C/groups·kh·kw
     a:ConvArgs,       # geometry
     key:int=0,        # reveal the dense weight gradient to this collector
-    checksum:Tensor=None, # (64,) bool, that the structure must have; None: any
+    checksum:Tensor=None, # (64,) that the structure must have; None: any
 )->Tensor: # (N, O, Ho, Wo) in the memory format of `x`
     "`F.conv2d` with a shuffled-block weight"
     _check_types(x, values)

@@ -1,5 +1,5 @@
 "Every format that `dsb export` writes: what it prints is run in a fresh process, and what is wrong ends with one line"
-import json, os, pickle, shutil, subprocess, sys, textwrap
+import copy, json, os, pickle, shutil, subprocess, sys, textwrap
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
@@ -12,7 +12,7 @@ from dsb.training.train import restored
 
 pytest.importorskip('safetensors')
 TRAIN = '--data_set digits --epochs 1 --batch_size 64 --n_train 128 --n_test 64 --device cpu'.split()
-NEEDS = dict(onnx=('onnx','onnxscript','onnxruntime'))
+NEEDS = {o: ('onnx','onnxscript','onnxruntime') for o in ('onnx','onnx-sparse')}
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -58,7 +58,7 @@ def test_what_is_printed_loads_it(format, fold, run, model, tmp_path, capsys):
     lines = program(capsys, run, '--format', format, '--out', tmp_path/FORMATS[format].file, *['--fold']*fold)
     torch.save(IMAGES, tmp_path/'images')
     head = 'import torch\nimages = torch.load("images")\n'
-    if format == 'onnx':
+    if 'onnx' in format:
         lines = lines.replace('images = numpy.zeros((1, 3, 32, 32), \'float32\')', 'images = images.numpy()')
         assert 'images.numpy()' in lines
         tail = 'y = torch.from_numpy(logits)\n'
@@ -116,7 +116,7 @@ def test_other_methods(options, compact, tmp_path, capsys):
     assert (small < .5*large) == compact
 
 def test_bad_input(run, tmp_path, capsys):
-    assert "format='onxx': expected one of dense, safetensors, onnx, torch.export, bsr; did you mean 'onnx'?" in \
+    assert "format='onxx': expected one of dense, safetensors, onnx, onnx-sparse, torch.export, bsr; did you mean 'onnx'?" in \
         ends(capsys, ['export', run, '--format', 'onxx'])
     for format in FORMATS:
         (tmp_path/'file').write_text('')
@@ -191,3 +191,16 @@ def test_fold_of_scripts():
     m = shaken(torch.nn.Sequential(torch.jit.script(inner), torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8)))
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     with torch.no_grad(): assert torch.allclose(dsb.fold(m)(x), m(x))
+
+@pytest.mark.parametrize('dynamo', [True, False])
+def test_onnx_by_torch(dynamo, model, tmp_path):
+    "torch's own exporter takes a sparse network, also one that was made fast; runtimes compute the same"
+    needs('onnx')
+    import onnxruntime
+    entries = dsb.sparsify(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 16)), .9, block_size=0)
+    for m in model, dsb.speed_up(copy.deepcopy(model)), entries:
+        torch.onnx.export(m.eval(), (IMAGES,), str(tmp_path/'m.onnx'), dynamo=dynamo, verbose=False)
+        session = onnxruntime.InferenceSession(str(tmp_path/'m.onnx'), providers=['CPUExecutionProvider'])
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})[0])
+        with torch.no_grad(): want = m(IMAGES)
+        assert torch.allclose(got, want, rtol=0, atol=1e-4*float(want.abs().max()))

@@ -7,7 +7,7 @@ __all__ = ['OPSET', 'FORMATS', 'TOLERANCE', 'bsr_weight', 'bsr_state', 'dense_st
            'loading_lines', 'images_line', 'about_run', 'random_images']
 
 # %% ../../nbs/production/03_formats.ipynb #2330824d
-import copy, io, warnings
+import copy, io, logging, warnings
 import torch
 import torch.nn as nn
 from contextlib import contextmanager, redirect_stdout
@@ -40,17 +40,25 @@ OPSET = 18
 @contextmanager
 def _quiet():
     "torch's exporters tell of each of their steps"
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter('ignore')
-        yield
+    log = logging.getLogger('onnx_ir')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally: log.setLevel(level)
 
-def _write_onnx(path, model, x, about):
+def _write_onnx(path, model, x, about, dense=True):
     lost = [o for o in ('onnx','onnxscript') if not find_spec(o)]
     if lost: raise ValueError(f'the package {lost[0]} is not there, which writing ONNX needs: '
                               'pip install onnx onnxscript')
     names = dict(input_names=['image'], output_names=['logits'], dynamic_shapes=({0:'batch'},))
-    with _quiet(): torch.onnx.export(densify(fold(model)), (x,), str(path), dynamo=True, opset_version=OPSET,
-                                     external_data=False, verbose=False, **names)
+    model = fold(model)
+    with _quiet(): torch.onnx.export(densify(model) if dense else model, (x,), str(path), dynamo=True,
+                                     opset_version=OPSET, external_data=False, verbose=False, **names)
+
+def _write_sparse_onnx(path, model, x, about): _write_onnx(path, model, x, about, dense=False)
 
 def _read_onnx(path, model, about):
     if not find_spec('onnxruntime'): return
@@ -133,6 +141,7 @@ FORMATS = {
     'dense': Format('dense.pt', _write_dense, _read_dense, 'a state dict for ordinary layers'),
     'safetensors': Format('model.safetensors', _write_compact, _read_compact, 'a small file for dsb.load'),
     'onnx': Format('model.onnx', _write_onnx, _read_onnx, f'a dense graph, opset {OPSET}', True),
+    'onnx-sparse': Format('sparse.onnx', _write_sparse_onnx, _read_onnx, 'a graph that fills in the zeros', True),
     'torch.export': Format('model.pt2', _write_program, _read_program, 'a program with the sparse operators', True),
     'bsr': Format('bsr.pt', _write_bsr, _read_bsr, 'a state dict with block-sparse matrices')}
 
@@ -198,7 +207,7 @@ def loading_lines(
     from dsb.training.models import own_line
     path = str(path)
     if format=='torch.export': return ['import dsb, torch', f'model = torch.export.load({path!r}).module()']
-    if format=='onnx': return _onnx_lines(path, network)
+    if format.startswith('onnx'): return _onnx_lines(path, network)
     own = [o for o in [own_line(network['name'])] if o]
     if format=='safetensors': return [*own, 'import dsb', f'model = dsb.load({path!r})']
     if format=='dense': return [*own, *_dense_lines(path, network, folded)]

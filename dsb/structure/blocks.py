@@ -139,8 +139,8 @@ def n_blocks(self:ShuffledBlocks)->int:
 @patch(as_prop=True)
 def col_group(self:ShuffledBlocks)->Tensor:
     "(n_blocks·B,) row group of each active column, int64"
-    g = torch.arange(self.n_groups, device=self.cols.device)
-    return g.repeat_interleave(self.group_ptr.diff().long(), output_size=len(self.cols))
+    n,starts = len(self.cols),self.group_ptr[1:-1].long()
+    return starts.new_zeros(n+1).scatter_add_(0, starts, torch.ones_like(starts))[:n].cumsum(0)
 
 # %% ../../nbs/structure/01_blocks.ipynb #13e3bb6d
 @patch
