@@ -497,7 +497,7 @@ def _train(t, keep):
 # %% ../nbs/06_cli.ipynb #b0b937fd
 def _stopped(e, otherwise):
     "Say where a command was stopped; its status"
-    say(f"\n{str(e) or otherwise}")
+    if os.environ.get('RANK', '0') == '0': say(f"\n{str(e) or otherwise}")
     return 128 + getattr(e, 'signum', 2)
 
 # %% ../nbs/06_cli.ipynb #32c1358a

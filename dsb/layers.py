@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['passing', 'TWINS', 'PROJECTIONS', 'SparseLayer', 'SparseLinear', 'DerivedWeight', 'to_autocast', 'SparseConv2d',
-           'SparseConv1d', 'SparseConv3d', 'SparseConvTranspose2d', 'SparseConvTranspose1d', 'resize', 'SparseConv1D',
-           'twin_class', 'remade', 'SparseAttention', 'projections']
+           'SparseConv1d', 'SparseConv3d', 'SparseConvTranspose2d', 'SparseConvTranspose1d', 'resize', 'parallel_of',
+           'sizes_changed', 'SparseConv1D', 'twin_class', 'remade', 'SparseAttention', 'projections']
 
 # %% ../nbs/02_layers.ipynb #7043b364
-import copy, math, weakref
+import copy, gc, math, weakref
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from contextlib import suppress
@@ -465,6 +466,30 @@ def resize(
     p.data = new.to(torch.float16 if p.dtype!=torch.float16 else torch.float32)
     p.data = new
 
+# %% ../nbs/02_layers.ipynb #1bdec4c8
+def parallel_of(
+    layers, # sparse
+)->list:
+    "Every `DistributedDataParallel` around some of these layers, wherever it is in this process"
+    mine = {id(m.values) for m in layers}
+    found = (o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel))
+    return [o for o in found if any(id(p) in mine for p in o.parameters())]
+
+def _look_anew(ddp):
+    "Let a `DistributedDataParallel` take the sizes of its parameters from them again"
+    hooks,ddp._comm_hooks = ddp._comm_hooks,[]
+    ddp.__dict__.pop('reducer')                       # the old one lets go of the parameters
+    first = dict(_static_graph_delay_allreduce_enqueued=False)             # the next step is the first one again
+    ddp.__setstate__({k:v for k,v in vars(ddp).items() if k!='logger'} | first)
+    for f,state in hooks: ddp.register_comm_hook(state, f)
+
+def sizes_changed(
+    layers, # sparse
+):
+    "The values have another size: tell each `DistributedDataParallel` that took it for constant"
+    if not (dist.is_available() and dist.is_initialized()): return
+    for o in parallel_of(layers): _look_anew(o)
+
 # %% ../nbs/02_layers.ipynb #646df194
 @patch
 @torch.no_grad()
@@ -473,6 +498,14 @@ def set_structure(self:SparseLayer,
     values:Tensor,       # its values
 ):
     "Replace structure and values, in place where the size stays"
+    before = self.values.shape
+    self._put_structure(structure, values)
+    if self.values.shape!=before: sizes_changed([self])
+
+@patch
+@torch.no_grad()
+def _put_structure(self:SparseLayer, structure, values):
+    "The same, without telling anybody of another size"
     self._check_kind(structure)
     structure.validate(self.groups)
     if values.shape!=torch.Size(structure.values_shape):
@@ -519,11 +552,12 @@ def _load_from_state_dict(self:SparseLayer, sd, prefix, local_metadata, strict, 
     try: new = self._checked_file(mine)
     except ValueError as e: return errors.append(f'{prefix[:-1] or "the layer"}: {e}')
     updater = new and self.updater_ref and self.updater_ref()
-    old = _own_places(self) if updater else None
+    old,before = _own_places(self) if updater else None,self.values.shape
     if new: self._make_room({k:new[k] for k in new if k!='checksum'}, mine.get('values', self.values).shape)
     sd = {**sd, **{prefix+k:v for k,v in new.items()}}
     nn.Module._load_from_state_dict(self, sd, prefix, local_metadata, strict, missing, unexpected, errors)
     if new: self._is_current()
+    if self.values.shape!=before: sizes_changed([self])
     if updater: updater.loaded(self, old)
 
 def _own_places(layer)->Structure: # None if it is invalid

@@ -23,6 +23,7 @@ from .structure.rules import (DEFAULT_RULE, RULES, Change, Collector, Weights, b
                                  mean_square, pruned, scores_of_share)
 from .core import markdown_table, one_of
 from .structure.schedule import drop_fraction, is_update, left_to_prune
+from .layers import parallel_of, sizes_changed
 from .sparsify import named_modules, sparse_layers
 
 # %% ../nbs/04_topology.ipynb #0b60ca2f
@@ -497,17 +498,11 @@ def _collector(self:Updater, name, m, t):
     return Collector(m.structure, 0 if by_columns else k, by_columns, whole, self.grow=='norm', self.part, m.values)
 
 # %% ../nbs/04_topology.ipynb #2e547c64
-def _wrappers(layers)->list:
-    "Every `DistributedDataParallel` around some of these layers, wherever it is in this process"
-    mine = {id(m.values) for m in layers.values()}
-    found = (o for o in gc.get_objects() if issubclass(type(o), _Parallel))
-    return [o for o in found if any(id(p) in mine for p in o.parameters())]
-
 @patch
 def _join(self:Updater)->bool:
     "Look for a `DistributedDataParallel` around these layers; was one found?"
     if not _together(): return False
-    self.group = next(map(_group_of, _wrappers(self.layers)), None)
+    self.group = next(map(_group_of, parallel_of(self.layers.values())), None)
     return self.group is not None
 
 # %% ../nbs/04_topology.ipynb #339024b7
@@ -582,7 +577,7 @@ def _relay(layer, new, move, levels=()):
     for _,_,v in _state(levels, p).values():
         if isinstance(v, Tensor) and v.shape==p.shape: _refill(v, move(v))
     values,grad = move(p),None if p.grad is None else move(p.grad)
-    layer.set_structure(new, values)
+    layer._put_structure(new, values)
     if grad is not None and p.grad is None: p.grad = grad
     elif grad is not None: p.grad.copy_(grad)
 
@@ -673,15 +668,6 @@ def _prune(self:Updater, name, m)->int: # weights that are gone
     self._carry(name, m, new, move)
     return s.nnz-new.nnz
 
-# %% ../nbs/04_topology.ipynb #7dc39423
-def _rebuild(ddp):
-    "Let a `DistributedDataParallel` look at the sizes of its parameters anew"
-    hooks,ddp._comm_hooks = ddp._comm_hooks,[]
-    ddp.__dict__.pop('reducer')                       # the old one lets go of the parameters
-    first = dict(_static_graph_delay_allreduce_enqueued=False)             # the next step is the first one again
-    ddp.__setstate__({k:v for k,v in vars(ddp).items() if k!='logger'} | first)
-    for f,state in hooks: ddp.register_comm_hook(state, f)
-
 # %% ../nbs/04_topology.ipynb #3fd5f234
 @patch
 def _takes_part(self:Updater, m, trained):
@@ -735,8 +721,7 @@ def _update(self:Updater):
 def _tell_of_sizes(self:Updater):
     "Parameters have other sizes: tell those who took them for constant"
     if 'torch._dynamo' in sys.modules: _varies(self.layers.values())
-    if not (dist.is_available() and dist.is_initialized()): return
-    for o in _wrappers(self.layers): _rebuild(o)
+    sizes_changed(self.layers.values())
 
 # %% ../nbs/04_topology.ipynb #102fd78f
 def _varies(layers):

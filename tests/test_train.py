@@ -115,9 +115,12 @@ def test_two_processes(root, tmp_path):
     run = ('--data_set digits --model lenet300-100 --method dsb --rule columns --T 4 --epochs 2 --batch_size 32 --n_train 256 --n_val 33 --n_test 65 --lr 0.02 --device cpu --out').split()
     script = tmp_path/'main.py'
     script.write_text(THEN_ALONE, encoding='utf-8')
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, *run, two],
-                       cwd=root, capture_output=True, text=True, timeout=180)
-    assert p.returncode == 0, p.stderr
+    def both(*words):
+        p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, *words],
+                           cwd=root, capture_output=True, text=True, timeout=180)
+        assert p.returncode == 0, p.stderr
+        return p
+    p = both(*run, two)
     assert p.stdout.count('epoch 2/2') == 1
     assert end(start(root, *run, one)) == (0, '')
     a, b = ([json.loads(l) for l in (f/'metrics.jsonl').read_text(encoding='utf-8').splitlines()] for f in (one, two))
@@ -129,6 +132,9 @@ def test_two_processes(root, tmp_path):
         hits = [(model(x).argmax(1) == y).float() for x, y in batches]
         assert b[-1][key] == torch.cat(hits).mean(dtype=torch.float64).item()
     assert len(ck['rng']) == 2 and not torch.equal(ck['rng'][0][0], ck['rng'][1][0])
+    both('--resume', two/'last-1.pt', '--out', tmp_path/'again')            # with fewer weights than a new run begins with
+    assert b[0]['density'] < .3 and torch.load(two/'last-1.pt', weights_only=True)['epoch'] == 1
+    assert_same(two, tmp_path/'again')
 
 def test_bar_in_a_terminal(root, tmp_path):
     "Where stderr is a terminal there is a bar with loss, accuracy, speed and the time that is left"
