@@ -217,14 +217,14 @@ class DerivedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if layer := _layer_behind(func, args, kwargs): return _multiplied(layer, *args, **kwargs)
             res = func(*args, **kwargs)
-            if not isinstance(res, Tensor): return res
+            if not isinstance(res, Tensor) or res.layout is not torch.strided: return res
             source = args[0] if args and isinstance(args[0], cls) else None
             return res.as_subclass(cls if source is not None and _share_memory(res, source) else Tensor)
     def __reduce_ex__(self, protocol):
         with torch._C.DisableTorchFunctionSubclass(): return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 def _share_memory(t, source):
-    return t.layout is torch.strided and t.untyped_storage()._cdata==source.untyped_storage()._cdata
+    return t.untyped_storage()._cdata==source.untyped_storage()._cdata
 
 def _read_only(w)->Tensor: return w if torch.compiler.is_compiling() else w.as_subclass(DerivedWeight)
 
@@ -241,8 +241,7 @@ def _revealed_weight(self:SparseLayer)->Tensor:
 @patch(as_prop=True)
 def weight(self:SparseLayer)->Tensor:
     "The dense weight, read only"
-    w,v = self._revealed_weight(),self.values
-    w = _read_only(w)
+    w,v = _read_only(self._revealed_weight()),self.values
     if type(w) is DerivedWeight and not v.is_inference(): w.layer,w.version = self,v._version
     return w
 
