@@ -21,10 +21,13 @@ def fail(
     status:int=2, # exit status
 ):
     "Print `message` on one line of stderr and end with `status`; of several processes, only the first one speaks"
-    rank = os.environ.get('RANK', '0')
-    who = '' if rank == '0' else f'process {rank}: '
+    who = '' if _leads() else f"process {os.environ['RANK']}: "
     if _is_first(): say(f"dsb: error: {who}{' '.join(str(message).split())}")
     raise SystemExit(status)
+
+def _leads():
+    "Is this the first of the processes that torchrun started, or the only one?"
+    return os.environ.get('RANK', '0') == '0'
 
 def _is_first():
     "Is this the first process that fails, of those that torchrun started?"
@@ -497,7 +500,7 @@ def _train(t, keep):
 # %% ../nbs/06_cli.ipynb #b0b937fd
 def _stopped(e, otherwise):
     "Say where a command was stopped; its status"
-    if os.environ.get('RANK', '0') == '0': say(f"\n{str(e) or otherwise}")
+    if _leads(): say(f"\n{str(e) or otherwise}")
     return 128 + getattr(e, 'signum', 2)
 
 # %% ../nbs/06_cli.ipynb #32c1358a
@@ -507,7 +510,7 @@ def _evaluate(given):
     try: says = evaluated(given)
     except (ValueError, Trouble) as e: fail(e)
     except Diverged as e: fail(e, 1)
-    if os.environ.get('RANK', '0') == '0': print(says)
+    if _leads(): print(says)
     return 0
 
 # %% ../nbs/06_cli.ipynb #7be26ac8
@@ -784,7 +787,7 @@ def sweep_command(
 # %% ../nbs/06_cli.ipynb #c85465ae
 def _train_or_begin(argv):
     "Train as the options say; without any, what a first run should be"
-    if not argv and os.environ.get('RANK', '0') == '0': print(f'no options given, so: dsb train {_FIRST_RUN}')
+    if not argv and _leads(): print(f'no options given, so: dsb train {_FIRST_RUN}')
     return train_command(argv or _FIRST_RUN.split(), prog='dsb train')
 
 # %% ../nbs/06_cli.ipynb #25528c1c

@@ -290,7 +290,7 @@ def _unwatched(x, y)->bool:
     return not (torch.compiler.is_compiling() or torch.autograd._profiler_enabled()
                 or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
-# %% ../nbs/01_ops.ipynb #c93ffeaf
+# %% ../nbs/01_ops.ipynb #6cd03cd5
 def _autograd_function(name, **parts):
     return type(name, (torch.autograd.Function,), {k:staticmethod(v) for k,v in parts.items()})
 
@@ -301,6 +301,7 @@ def _no_forward(ctx, *tangents):
     raise RuntimeError('an operator with reverse derivatives only: for those in forward mode use layer.dense_weight() '
                        'with an operation of torch')
 
+# %% ../nbs/01_ops.ipynb #c93ffeaf
 _formulas = {}   # operator of torch -> how to count its FLOPs
 
 class _Operator:
